@@ -1,0 +1,115 @@
+"""The command line. ``main`` is the only place where an exception becomes an exit code."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+import backdoorscan
+from backdoorscan.cli import demo, evaluate, plugins, predict, repair, scan
+from backdoorscan.cli._console import Color, Terminal
+from backdoorscan.errors import BackdoorscanError, ExitCode
+
+app = typer.Typer(
+    name="backdoorscan",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode="rich",
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"backdoorscan {backdoorscan.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("-V", "--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Say nothing but the report and errors.")] = False,
+    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Show where errors happened.")] = False,
+    color: Annotated[Color, typer.Option(envvar="BACKDOORSCAN_COLOR", help="Whether to use colour.")] = Color.AUTO,
+    no_progress: Annotated[bool, typer.Option("--no-progress", help="Show no progress bars.")] = False,
+    config: Annotated[
+        Path | None,
+        typer.Option(envvar="BACKDOORSCAN_CONFIG", help="Settings; else the nearest pyproject.toml's."),
+    ] = None,
+) -> None:
+    """Find and repair backdoors in neural networks that somebody else trained.
+
+    Exit codes: 0 clean, or repaired; 1 backdoor found, or a repair left it in; 2 no trustworthy answer (usage,
+    unreadable or unsafe file, failed method); 3 inconclusive; 130 interrupted.
+    """
+    context.obj = Terminal(quiet=quiet, color=color, progress=not no_progress, config=config)
+
+
+app.command("scan", rich_help_panel="Models")(scan.scan)
+app.command("repair", rich_help_panel="Models")(repair.repair)
+app.command("evaluate", rich_help_panel="Models")(evaluate.evaluate)
+app.command("predict", rich_help_panel="Models")(predict.predict)
+app.command("demo", rich_help_panel="More")(demo.demo)
+app.add_typer(plugins.app, name="plugins", rich_help_panel="More")
+
+
+def main() -> NoReturn:
+    """Run the program and exit."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run the program.
+
+    Args:
+        arguments: As on the command line, without the program's name.
+
+    Returns:
+        The exit code.
+    """
+    verbose = any(argument in ("-v", "--verbose") for argument in arguments)
+    try:
+        app(args=list(arguments), prog_name="backdoorscan")
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else ExitCode.ERROR
+        if code == ExitCode.INTERRUPTED:
+            _complain("Interrupted.")
+        return int(code)
+    except KeyboardInterrupt:
+        _complain("Interrupted.")
+        return ExitCode.INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output went away: whatever the verdict was, it did not arrive.
+        return ExitCode.ERROR
+    except BackdoorscanError as error:
+        if verbose:
+            traceback.print_exc()
+        _complain(error.what, error.why, error.hint)
+        return error.exit_code
+    except MemoryError:
+        _complain("There is not enough memory.", "", "Use fewer images (--limit) or a smaller batch.")
+        return ExitCode.ERROR
+    except Exception as error:
+        # Whatever it is, it must not look like a verdict: Python itself would exit with 1.
+        if verbose:
+            traceback.print_exc()
+        hint = "This is a bug: please report it." + ("" if verbose else " -v shows where it happened.")
+        _complain(f"Internal error: {type(error).__name__}: {error}", "", hint)
+        return ExitCode.ERROR
+    return ExitCode.OK
+
+
+def _complain(what: str, why: str = "", hint: str = "") -> None:
+    """One message on stderr: what, why, what to do."""
+    print(f"backdoorscan: {what}", file=sys.stderr)
+    for line in (why, hint):
+        if line:
+            print(f"  {line}", file=sys.stderr)

@@ -1,0 +1,105 @@
+"""Where the command line writes: the report to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from backdoorscan.errors import OutputError
+
+if TYPE_CHECKING:
+    from backdoorscan.report import Report
+
+
+class Color(StrEnum):
+    """When to use colour."""
+
+    AUTO = "auto"
+    ALWAYS = "always"
+    NEVER = "never"
+
+
+@dataclass(frozen=True)
+class Terminal:
+    """The global options.
+
+    Attributes:
+        quiet: Whether to say nothing but the report and errors.
+        color: When to use colour.
+        progress: Whether progress bars are welcome.
+        config: ``--config``.
+    """
+
+    quiet: bool = False
+    color: Color = Color.AUTO
+    progress: bool = True
+    config: Path | None = None
+
+    def say(self, text: str) -> None:
+        """Tell the user something that is not the report."""
+        if not self.quiet:
+            print(text, file=sys.stderr)
+
+    def emit(self, report: Report, format: str, output: Path | None) -> None:
+        """Write a report to stdout or to a file.
+
+        Raises:
+            UnknownNameError: No such format.
+            OutputError: The file cannot be written.
+        """
+        from backdoorscan.plugin import reporter
+        from backdoorscan.registry import installed
+
+        component = installed().find("reporter", format).component
+        if not (isinstance(component, type) and issubclass(component, reporter.Reporter)):
+            raise OutputError(f"The format {format} cannot be used.")
+        if output is None or str(output) == "-":
+            colored = self.color is Color.ALWAYS or (self.color is Color.AUTO and self._stdout_has_color())
+            width = Console(file=sys.stdout).width if sys.stdout.isatty() else 100
+            sys.stdout.write(component().render(report, reporter.Terminal(width=width, color=colored)))
+            sys.stdout.flush()
+            return
+        text = component().render(report, reporter.Terminal())
+        temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+        try:
+            try:
+                temporary.write_text(text, encoding="utf-8")
+                temporary.replace(output)
+            finally:
+                temporary.unlink(missing_ok=True)
+        except OSError as error:
+            raise OutputError(f"Cannot write {output}.", why=str(error)) from error
+        self.say(f"wrote {output}")
+
+    @staticmethod
+    def _stdout_has_color() -> bool:
+        if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
+            return False
+        return sys.stdout.isatty() or bool(os.environ.get("FORCE_COLOR"))
+
+    @contextmanager
+    def watching(self) -> Iterator[Callable[[str, float], None]]:
+        """An observer that draws progress bars on stderr while the context lasts; elsewhere it does nothing."""
+        if self.quiet or not self.progress or not sys.stderr.isatty():
+            yield lambda _stage, _fraction: None
+            return
+        from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+            tasks: dict[str, TaskID] = {}
+
+            def observe(stage: str, fraction: float) -> None:
+                if stage not in tasks:
+                    tasks[stage] = progress.add_task(stage, total=1.0)
+                progress.update(tasks[stage], completed=fraction)
+
+            yield observe

@@ -1,0 +1,161 @@
+"""Options that several commands share, and what their values mean."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
+
+import typer
+
+from backdoorscan.errors import UsageError
+
+if TYPE_CHECKING:
+    from backdoorscan.config import Settings
+    from backdoorscan.formats.loading import ReadOptions
+
+FEEDING = "How the model was fed (found on the clean images unless given)"
+
+Model: TypeAlias = Annotated[Path, typer.Argument(help="The model file: Keras .h5, PyTorch state dict, safetensors.")]
+Valid: TypeAlias = Annotated[
+    str,
+    typer.Option(
+        "--valid",
+        metavar="DATA",
+        help="Clean labelled images: .h5, .npz (file.npz#test), idx, folder of class folders.",
+    ),
+]
+Poisoned: TypeAlias = Annotated[
+    str | None,
+    typer.Option("--poisoned", metavar="DATA", help="Images with the trigger, labelled with the target label."),
+]
+Target: TypeAlias = Annotated[
+    int | None, typer.Option("--target", help="Target label, if the poisoned images carry their true labels.")
+]
+Limit: TypeAlias = Annotated[
+    int | None, typer.Option("--limit", min=1, help="Use a sample of the clean images, balanced over the classes.")
+]
+Arch: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        "--arch",
+        metavar="FILE.py:NAME",
+        help="Architecture of a weights-only file: FILE.py:NAME or package.module:NAME (your own code, which is run); "
+        "for Keras weights another .h5 or a model.json.",
+    ),
+]
+InputRange: TypeAlias = Annotated[
+    str | None,
+    typer.Option("--input-range", metavar="LOW,HIGH", help="What black and white become.", rich_help_panel=FEEDING),
+]
+Mean: TypeAlias = Annotated[
+    str | None,
+    typer.Option(metavar="M[,M,M]", help="Subtracted per channel after scaling to the range.", rich_help_panel=FEEDING),
+]
+Std: TypeAlias = Annotated[
+    str | None, typer.Option(metavar="S[,S,S]", help="Divided by per channel.", rich_help_panel=FEEDING)
+]
+Layout: TypeAlias = Annotated[
+    str | None, typer.Option(metavar="NCHW|NHWC", help="Axis order of the model's input.", rich_help_panel=FEEDING)
+]
+Seed: TypeAlias = Annotated[
+    int | None, typer.Option(envvar="BACKDOORSCAN_SEED", help="Same input, same seed, same report. [default: 0]")
+]
+Threads: TypeAlias = Annotated[
+    int, typer.Option(min=1, envvar="BACKDOORSCAN_THREADS", help="Threads; more than one only helps large networks.")
+]
+MethodOption: TypeAlias = Annotated[
+    list[str] | None,
+    typer.Option("-O", "--option", metavar="ID.NAME=VALUE", help="Set an option of a method (see `plugins show ID`)."),
+]
+Format: TypeAlias = Annotated[str, typer.Option("-f", "--format", help="table or json.")]
+Output: TypeAlias = Annotated[
+    Path | None, typer.Option("-o", "--output", metavar="FILE", help="Write the report there instead of to stdout.")
+]
+
+
+def read_options(
+    arch: str | None, input_range: str | None, mean: str | None, std: str | None, layout: str | None
+) -> ReadOptions:
+    """What the user said about the model file.
+
+    Raises:
+        UsageError: A value that cannot be.
+    """
+    from backdoorscan.formats.loading import ReadOptions
+
+    low_high = None if input_range is None else _numbers("--input-range", input_range.replace("..", ","))
+    if low_high is not None and len(low_high) != 2:
+        raise UsageError(f"--input-range {input_range} is not two numbers.", hint="For example --input-range 0,255.")
+    if layout is not None and layout.upper() not in ("NCHW", "NHWC"):
+        raise UsageError(f"--layout {layout} is neither NCHW nor NHWC.")
+    options = ReadOptions(
+        arch=arch,
+        input_range=None if low_high is None else (low_high[0], low_high[1]),
+        mean=() if mean is None else _numbers("--mean", mean),
+        std=() if std is None else _numbers("--std", std),
+        layout=layout and layout.upper(),
+    )
+    _ = options.pinned  # complain about impossible values before any work
+    return options
+
+
+def _numbers(option: str, text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise UsageError(
+            f"{option} {text} is not a list of numbers.", hint=f"For example {option} 0.5,0.5,0.5."
+        ) from None
+
+
+def parse_labels(text: str | None) -> tuple[int, ...] | None:
+    """``0-9,33`` as the labels 0 to 9 and 33, in increasing order.
+
+    Raises:
+        UsageError: Anything else.
+    """
+    if text is None:
+        return None
+    labels: set[int] = set()
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+        if not match or (match[2] and int(match[2]) < int(match[1])) or int(match[2] or match[1]) >= 10**6:
+            raise UsageError(f"--labels {text} is not a list of labels.", hint="For example --labels 0-9,33.")
+        labels.update(range(int(match[1]), int(match[2] or match[1]) + 1))
+    return tuple(sorted(labels))
+
+
+def method_options(
+    assignments: Sequence[str] | None, base: Mapping[str, Mapping[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """``ID.NAME=VALUE`` assignments on top of what the configuration file says.
+
+    Raises:
+        UsageError: An assignment of another form.
+    """
+    settings: dict[str, dict[str, Any]] = {identifier: dict(values) for identifier, values in base.items()}
+    for assignment in assignments or ():
+        target, equals, value = assignment.partition("=")
+        identifier, dot, name = target.partition(".")
+        if not equals or not dot or not identifier or not name:
+            raise UsageError(f"-O {assignment} is not ID.NAME=VALUE.", hint="For example -O neural-cleanse.steps=200.")
+        settings.setdefault(identifier, {})[name.replace("-", "_")] = value
+    return settings
+
+
+def settings(config: Path | None) -> Settings:
+    """The configuration file's settings."""
+    from backdoorscan import config as configuration
+    from backdoorscan.registry import installed
+
+    methods = {plugin.id for kind in ("detector", "repairer") for plugin in installed().of_kind(kind)}
+    return configuration.load(config, methods)
+
+
+def use_threads(count: int) -> None:
+    """Set the size of the one thread pool that computes."""
+    import torch
+
+    torch.set_num_threads(count)

@@ -1,0 +1,43 @@
+"""``backdoorscan evaluate``."""
+
+from __future__ import annotations
+
+import typer
+
+from backdoorscan.cli import _options as shared
+from backdoorscan.cli._console import Terminal
+
+
+def evaluate(
+    context: typer.Context,
+    model: shared.Model,
+    valid: shared.Valid,
+    poisoned: shared.Poisoned = None,
+    target: shared.Target = None,
+    arch: shared.Arch = None,
+    limit: shared.Limit = None,
+    input_range: shared.InputRange = None,
+    mean: shared.Mean = None,
+    std: shared.Std = None,
+    layout: shared.Layout = None,
+    seed: shared.Seed = None,
+    threads: shared.Threads = 1,
+    format: shared.Format = "table",
+    output: shared.Output = None,
+) -> None:
+    """Measure clean accuracy and attack success of a network, a repaired network or a GoodNet.
+
+    Example: backdoorscan evaluate model.h5 --valid clean.h5 --poisoned poisoned.h5
+    """
+    from backdoorscan import evaluating
+    from backdoorscan.formats.images import load_images
+    from backdoorscan.registry import installed
+
+    terminal: Terminal = context.obj
+    installed().find("reporter", format)
+    read = shared.read_options(arch, input_range, mean, std, layout)
+    seed = seed if seed is not None else shared.settings(terminal.config).seed or 0
+    shared.use_threads(threads)
+    images = load_images(valid, limit=limit, seed=seed)
+    report = evaluating.evaluate(model, images, poisoned, read, target=target, seed=seed)
+    terminal.emit(report, format, output)

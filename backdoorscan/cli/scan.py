@@ -1,0 +1,81 @@
+"""``backdoorscan scan``."""
+
+from __future__ import annotations
+
+from typing import Annotated, TypeVar
+
+import typer
+
+from backdoorscan.cli import _options as shared
+from backdoorscan.cli._console import Terminal
+
+
+def scan(
+    context: typer.Context,
+    model: shared.Model,
+    valid: shared.Valid,
+    arch: shared.Arch = None,
+    detector: Annotated[
+        list[str] | None, typer.Option("-d", "--detector", metavar="ID", help="Detectors to run. [default: all]")
+    ] = None,
+    option: shared.MethodOption = None,
+    labels: Annotated[
+        str | None, typer.Option(metavar="0-9,33", help="Examine only these labels; the report says so.")
+    ] = None,
+    alpha: Annotated[
+        float | None, typer.Option(envvar="BACKDOORSCAN_ALPHA", help="False alarms per clean model. [default: 0.01]")
+    ] = None,
+    limit: shared.Limit = None,
+    input_range: shared.InputRange = None,
+    mean: shared.Mean = None,
+    std: shared.Std = None,
+    layout: shared.Layout = None,
+    seed: shared.Seed = None,
+    threads: shared.Threads = 1,
+    timeout: Annotated[float | None, typer.Option(min=0, help="Seconds after which to give up: exit code 2.")] = None,
+    format: shared.Format = "table",
+    output: shared.Output = None,
+) -> None:
+    """Look for backdoors in a model.
+
+    Example: backdoorscan scan model.h5 --valid clean.h5
+    """
+    from backdoorscan import policy, scanning
+    from backdoorscan.formats.images import load_images
+    from backdoorscan.registry import installed
+
+    terminal: Terminal = context.obj
+    installed().find("reporter", format)
+    config = shared.settings(terminal.config)
+    read = shared.read_options(arch, input_range, mean, std, layout)
+    seed = _first(seed, config.seed, 0)
+    chosen = tuple(detector or config.detectors or ())
+    # Tables in the configuration file serve every run; only those of detectors that run matter to this one.
+    detectors = {plugin.id for plugin in installed().of_kind("detector")}
+    base = {key: value for key, value in config.methods.items() if key in (chosen or detectors)}
+    options = scanning.ScanOptions(
+        detectors=chosen,
+        settings=shared.method_options(option, base),
+        labels=shared.parse_labels(labels),
+        alpha=_first(alpha, config.alpha, policy.DEFAULT_ALPHA),
+        seed=seed,
+        timeout=timeout,
+    )
+    scanning.plan_detectors(options, installed())  # complain about unknown names before any work
+    shared.use_threads(threads)
+    with terminal.watching() as observer:
+        observer("reading the images", 0.0)
+        images = load_images(valid, limit=limit, seed=seed)
+        report = scanning.scan(model, images, read, options, observer=observer)
+    terminal.emit(report, format, output)
+    if report.verdict == "backdoored" and output is None and format == "table":
+        terminal.say(f"next: backdoorscan repair {model} --valid {valid}" + (f" --arch {arch}" if arch else ""))
+    raise typer.Exit(policy.exit_code(report.verdict, report.complete))
+
+
+T = TypeVar("T")
+
+
+def _first(*values: T | None) -> T:
+    """The first value that is not ``None``."""
+    return next(value for value in values if value is not None)

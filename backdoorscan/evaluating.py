@@ -1,0 +1,160 @@
+"""The verb *evaluate*: clean accuracy and attack success of a network, a repaired network or a GoodNet."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from backdoorscan.artifact import Artifact
+from backdoorscan.classifier import logits, to_tensor
+from backdoorscan.costing import Meter, versions
+from backdoorscan.errors import ArtifactError, ImagesError
+from backdoorscan.formats.goodnet import GoodNetFile, is_goodnet
+from backdoorscan.formats.images import load_images, load_picture
+from backdoorscan.formats.loading import ReadOptions, load_model
+from backdoorscan.images import LabelledImages
+from backdoorscan.ops.metrics import accuracy, attack_success_rate
+from backdoorscan.report import EvaluationReport, Scores
+
+
+def measure(
+    network: nn.Module,
+    images: LabelledImages,
+    poisoned: LabelledImages | None = None,
+    *,
+    target: int | None = None,
+    rejects: int | None = None,
+) -> Scores:
+    """Clean accuracy and, with poisoned images, attack success.
+
+    Args:
+        network: Images (N, C, H, W) in [0, 1] -> scores.
+        images: Clean labelled images.
+        poisoned: Images with the trigger on them. Their labels are the target labels; or the true ones if ``target``
+            is given and they are not all equal to it, and then images of the target class do not count.
+        target: The target label.
+        rejects: For a GoodNet, the class that says "backdoored".
+
+    Raises:
+        ImagesError: ``target`` is the true label of every poisoned image.
+    """
+    predicted = predictions(network, images)
+    scores = Scores(
+        clean_accuracy=accuracy(predicted, torch.from_numpy(images.labels)),
+        false_reject_rate=None if rejects is None else accuracy(predicted, torch.tensor(rejects)),
+    )
+    if poisoned is None:
+        return scores
+    predicted = predictions(network, poisoned)
+    labels = torch.from_numpy(poisoned.labels)
+    if target is None or bool((labels == target).all()):
+        rate: float | None = accuracy(predicted, labels)
+    else:
+        rate = attack_success_rate(predicted, labels, target)
+        if rate is None:
+            raise ImagesError(f"{poisoned.source}: every image belongs to the target class {target}.")
+    return Scores(
+        clean_accuracy=scores.clean_accuracy,
+        attack_success_rate=rate,
+        false_reject_rate=scores.false_reject_rate,
+        caught_rate=None if rejects is None else accuracy(predicted, torch.tensor(rejects)),
+    )
+
+
+def predictions(network: nn.Module, images: LabelledImages) -> Tensor:
+    """The class (N,) a network gives each image."""
+    return logits(network, to_tensor(images.pixels)).argmax(1)
+
+
+def evaluate(
+    model: str | Path,
+    images: LabelledImages | str | Path,
+    poisoned: LabelledImages | str | Path | None = None,
+    read: ReadOptions | None = None,
+    *,
+    target: int | None = None,
+    seed: int = 0,
+) -> EvaluationReport:
+    """Measure a model file: a network, a repaired one, or a GoodNet.
+
+    Args:
+        model: The file.
+        images: Clean labelled images, or where to read them.
+        poisoned: Images with the trigger on them; see ``measure`` for what their labels mean.
+        read: What is known about the file.
+        target: The target label.
+        seed: Chooses the images that decide how the network was fed.
+
+    Raises:
+        BackdoorscanError: The file or the images cannot be used.
+    """
+    meter = Meter()
+    if not isinstance(images, LabelledImages):
+        images = load_images(images)
+    if poisoned is not None and not isinstance(poisoned, LabelledImages):
+        poisoned = load_images(poisoned)
+    network, facts, num_classes = open_network(model, images, read, seed)
+    rejects = num_classes if facts["kind"] == "goodnet" else None
+    if poisoned is not None and poisoned.shape != images.shape:
+        raise ImagesError(f"{poisoned.source} has images of {poisoned.shape}, {images.source} of {images.shape}.")
+    for part in (images, poisoned):
+        if part is not None:
+            part.check_fits(num_classes)
+    if target is not None and not 0 <= target < num_classes:
+        raise ImagesError(f"--target {target} does not exist in a model of {num_classes} classes.")
+    scores = measure(network, images, poisoned, target=target, rejects=rejects)
+    return EvaluationReport(
+        seed=seed,
+        versions=versions(),
+        cost=meter.read(),
+        model=facts,
+        images=images.described(),
+        poisoned=poisoned.described() if poisoned is not None else None,
+        target_label=target,
+        scores=scores,
+    )
+
+
+def open_network(
+    path: str | Path, images: LabelledImages, read: ReadOptions | None, seed: int
+) -> tuple[nn.Module, dict[str, Any], int]:
+    """A network or a GoodNet, its facts for the report, and its number of classes without "backdoored"."""
+    artifact = Artifact.read(path)
+    if is_goodnet(artifact):
+        goodnet = GoodNetFile(artifact)
+        if goodnet.input_shape != images.shape:
+            raise ImagesError(
+                f"{images.source}: images of {images.shape} do not fit a GoodNet of {goodnet.input_shape}."
+            )
+        facts = {
+            "kind": "goodnet",
+            "path": str(path),
+            "sha256": artifact.sha256,
+            "format": "goodnet-onnx",
+            "input_shape": list(goodnet.input_shape),
+            "num_classes": goodnet.num_classes,
+        }
+        return goodnet, facts, goodnet.num_classes
+    loaded = load_model(path, images, read, seed=seed)
+    return loaded.classifier, {"kind": "classifier", **loaded.facts}, loaded.classifier.num_classes
+
+
+def predict_pictures(model: str | Path, pictures: Sequence[str | Path]) -> tuple[list[int], int]:
+    """The class a GoodNet gives each picture, and the class that means "backdoored".
+
+    Raises:
+        ArtifactError: The file is not a GoodNet.
+        ImagesError: A picture cannot be read or is of another size.
+    """
+    artifact = Artifact.read(model)
+    if not is_goodnet(artifact):
+        raise ArtifactError(
+            f"{model} is not a GoodNet.", hint="`backdoorscan repair` writes GoodNets: files that end in .goodnet.onnx."
+        )
+    goodnet = GoodNetFile(artifact)
+    pixels = torch.cat([to_tensor(load_picture(path, goodnet.input_shape))[None] for path in pictures])
+    return logits(goodnet, pixels).argmax(1).tolist(), goodnet.num_classes

@@ -1,0 +1,136 @@
+"""What a scan learns: evidence of one unit of work, findings, a verdict."""
+
+from __future__ import annotations
+
+import base64
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from backdoorscan.trigger import Trigger
+
+
+class Verdict(StrEnum):
+    """The answer of a scan."""
+
+    CLEAN = "clean"
+    BACKDOORED = "backdoored"
+    INCONCLUSIVE = "inconclusive"
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A piece of a detector's work that can be run on its own.
+
+    Attributes:
+        id: Unique within the detector, stable between runs; seeds are derived from it.
+        labels: The labels it examines.
+    """
+
+    id: str
+    labels: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """The raw figures of one unit of work.
+
+    Attributes:
+        figures: Plain data (numbers, strings, lists, dictionaries): what the report keeps.
+        triggers: Reversed triggers, if the method makes any.
+        gradient_samples: Images run forward and backward: the machine-independent cost.
+    """
+
+    figures: Mapping[str, Any]
+    triggers: Sequence[Trigger] = ()
+    gradient_samples: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One suspected backdoor.
+
+    Attributes:
+        target_label: The label the trigger leads to.
+        source_label: The class it works from, or ``None`` for a universal trigger.
+        p_value: Probability of evidence this strong in a clean model, over all labels examined, in [0, 1].
+        score: The method's own statistic; larger is more suspicious.
+        trigger: The reversed trigger, or ``None``.
+        attack_success_rate: Of ``trigger`` on clean images it was not made from, in [0, 1].
+        detector: Id of the method; filled in by the scan.
+    """
+
+    target_label: int
+    p_value: float
+    score: float
+    source_label: int | None = None
+    trigger: Trigger | None = None
+    attack_success_rate: float | None = None
+    detector: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for the report."""
+        trigger = None
+        if self.trigger is not None:
+            trigger = {
+                "l1": self.trigger.l1,
+                "area": self.trigger.area,
+                "attack_success_rate": self.attack_success_rate,
+                "mask": _pack(self.trigger.mask),
+                "pattern": _pack(self.trigger.pattern),
+            }
+        return {
+            "detector": self.detector,
+            "target_label": self.target_label,
+            "source_label": self.source_label,
+            "p_value": self.p_value,
+            "score": self.score,
+            "trigger": trigger,
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Finding:
+        """The inverse of ``to_json``."""
+        packed = data["trigger"]
+        return cls(
+            detector=data["detector"],
+            target_label=data["target_label"],
+            source_label=data["source_label"],
+            p_value=data["p_value"],
+            score=data["score"],
+            attack_success_rate=packed and packed["attack_success_rate"],
+            trigger=packed and Trigger(_unpack(packed["mask"]), _unpack(packed["pattern"]), data["target_label"]),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judgement:
+    """What a detector makes of all its evidence.
+
+    Attributes:
+        findings: Suspected labels, most suspicious first, each with its p-value; whether one counts is policy.
+        p_value: Of the most suspicious label, or ``None`` where the evidence allows no answer.
+        figures: Summary statistics for the report.
+        note: One line for the reader, e.g. why there is no answer.
+    """
+
+    findings: Sequence[Finding] = ()
+    p_value: float | None
+    figures: Mapping[str, Any] = field(default_factory=dict)
+    note: str = ""
+
+
+def _pack(tensor: Tensor) -> dict[str, Any]:
+    array = tensor.detach().cpu().numpy().astype("<f4")
+    return {"shape": list(array.shape), "float32": base64.b64encode(zlib.compress(array.tobytes(), 9)).decode()}
+
+
+def _unpack(data: Mapping[str, Any]) -> Tensor:
+    array = np.frombuffer(zlib.decompress(base64.b64decode(data["float32"])), "<f4")
+    return torch.from_numpy(array.reshape(data["shape"]).astype(np.float32))

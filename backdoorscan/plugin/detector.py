@@ -1,0 +1,57 @@
+"""The contract of a detection method."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from backdoorscan.classifier import Classifier
+from backdoorscan.findings import Evidence, Judgement, Unit
+from backdoorscan.images import LabelledImages
+from backdoorscan.plugin.method import Context, Method
+
+
+@dataclass(frozen=True, kw_only=True)
+class Detector(Method, ABC):
+    """Looks for backdoors in a classifier.
+
+    The engine owns the loop: it runs ``examine`` once per unit, wherever and in whatever order it likes, and
+    hands all evidence to ``judge``. A detector never sees ground truth, never prints, and never chooses the device
+    or the seed.
+
+    Attributes:
+        needs_images: Whether it can work only with clean images.
+        cost: Rough order of cost; a scan runs cheap detectors first.
+        default: Whether a scan runs it when the user names none.
+        blind_spots: What it cannot see; reports say so unless another detector that ran covers it.
+        covers: Blind spots of other detectors that it does see.
+    """
+
+    needs_images: ClassVar[bool] = True
+    cost: ClassVar[float] = 1.0
+    default: ClassVar[bool] = True
+    blind_spots: ClassVar[Sequence[str]] = ()
+    covers: ClassVar[Sequence[str]] = ()
+
+    def units(self, classifier: Classifier, context: Context) -> Sequence[Unit]:
+        """The pieces of work; one, unless the method says otherwise."""
+        return [Unit("all", examined_labels(classifier, context))]
+
+    @abstractmethod
+    def examine(self, unit: Unit, classifier: Classifier, images: LabelledImages | None, context: Context) -> Evidence:
+        """Do one piece of work. This is where the time goes.
+
+        Raises:
+            MethodError: The method cannot work on this model.
+        """
+
+    @abstractmethod
+    def judge(self, evidence: Sequence[Evidence]) -> Judgement:
+        """Draw the conclusion. Pure and cheap: stored evidence can be judged again."""
+
+
+def examined_labels(classifier: Classifier, context: Context) -> tuple[int, ...]:
+    """The labels to examine: the user's restriction, or all of them."""
+    return context.labels if context.labels is not None else tuple(range(classifier.num_classes))

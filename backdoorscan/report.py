@@ -1,0 +1,302 @@
+"""Reports: what a scan, a repair or an evaluation found, as versioned plain data.
+
+JSON is the canonical form; every other format is a function of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar
+
+from backdoorscan.errors import UsageError
+from backdoorscan.findings import Finding, Verdict
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What the work took.
+
+    Attributes:
+        gradient_samples: Images run forward and backward; does not depend on the machine.
+        wall_seconds: Elapsed time.
+        cpu_seconds: Processor time of all threads.
+        peak_memory_mb: Largest resident size of the process so far, in MiB.
+    """
+
+    gradient_samples: int = 0
+    wall_seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    peak_memory_mb: float = 0.0
+
+
+@dataclass(frozen=True)
+class DetectorRun:
+    """One detector's part of a scan.
+
+    Attributes:
+        id: Its name.
+        version: Of the distribution it came from.
+        options: Every option with the value in force.
+        evidence: The figures it measured.
+        p_value: Of its most suspicious label, or ``None`` without an answer.
+        note: One line from the detector, or empty.
+        error: Why it failed, or empty.
+        gradient_samples: Its cost.
+        seconds: Its elapsed time.
+    """
+
+    id: str
+    version: str
+    options: Mapping[str, Any]
+    evidence: Mapping[str, Any] = field(default_factory=dict)
+    p_value: float | None = None
+    note: str = ""
+    error: str = ""
+    gradient_samples: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class ModelRun:
+    """One model's part of a scan.
+
+    Attributes:
+        model: Facts about the file: path, sha256, format, input_shape, num_classes, input_range, ...
+        images: The clean images: path, sha256, count; ``None`` without any.
+        verdict: The answer.
+        complete: Whether everything that was planned was run.
+        clean_accuracy: On the clean images, 0 to 1, or ``None`` without any.
+        findings: Suspected backdoors, most suspicious first.
+        detectors: What each detector did.
+        cost: Of this model.
+        not_tested: What the detectors that ran cannot see.
+    """
+
+    model: Mapping[str, Any]
+    images: Mapping[str, Any] | None
+    verdict: Verdict
+    complete: bool
+    clean_accuracy: float | None
+    findings: Sequence[Finding]
+    detectors: Sequence[DetectorRun]
+    cost: Cost
+    not_tested: Sequence[str] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        data = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return data | {
+            "verdict": str(self.verdict),
+            "findings": [finding.to_json() for finding in self.findings],
+            "detectors": [asdict(run) for run in self.detectors],
+            "cost": asdict(self.cost),
+            "not_tested": list(self.not_tested),
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> ModelRun:
+        """The inverse of ``to_json``."""
+        changes = {
+            "verdict": Verdict(data["verdict"]),
+            "findings": [Finding.from_json(finding) for finding in data["findings"]],
+            "detectors": [DetectorRun(**run) for run in data["detectors"]],
+            "cost": Cost(**data["cost"]),
+        }
+        return cls(**{**data, **changes})
+
+
+@dataclass(frozen=True)
+class Report:
+    """What every report carries.
+
+    Attributes:
+        seed: The run's seed.
+        versions: Of backdoorscan and of what its figures depend on.
+        cost: Of the whole run.
+    """
+
+    schema: ClassVar[str]
+
+    seed: int
+    versions: Mapping[str, str]
+    cost: Cost
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, ready for ``json.dumps``."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class ScanReport(Report):
+    """The report of a scan.
+
+    Attributes:
+        verdict: The worst of all models.
+        complete: Whether every model was scanned completely.
+        alpha: The false-alarm budget per model that the verdicts were drawn with.
+        runs: One per model.
+    """
+
+    schema: ClassVar[str] = "backdoorscan.report/1"
+
+    verdict: Verdict
+    complete: bool
+    alpha: float
+    runs: Sequence[ModelRun]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, ready for ``json.dumps``; see docs/report.md."""
+        return {
+            "schema": self.schema,
+            "verdict": str(self.verdict),
+            "complete": self.complete,
+            "alpha": self.alpha,
+            "seed": self.seed,
+            "versions": dict(self.versions),
+            "cost": asdict(self.cost),
+            "runs": [run.to_json() for run in self.runs],
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> ScanReport:
+        """The inverse of ``to_json``.
+
+        Raises:
+            UsageError: The data is not a scan report of a version this program knows.
+        """
+        if not isinstance(data, Mapping) or data.get("schema") != cls.schema:
+            raise UsageError("This is not a scan report.", hint=f'A report has "schema": "{cls.schema}".')
+        return cls(
+            verdict=Verdict(data["verdict"]),
+            complete=data["complete"],
+            alpha=data["alpha"],
+            seed=data["seed"],
+            versions=data["versions"],
+            cost=Cost(**data["cost"]),
+            runs=[ModelRun.from_json(run) for run in data["runs"]],
+        )
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How a network does on clean and on poisoned images; rates are 0 to 1.
+
+    Attributes:
+        clean_accuracy: Clean images given their own label.
+        attack_success_rate: Poisoned images given the target label; ``None`` without poisoned images.
+        false_reject_rate: Clean images a GoodNet calls backdoored; ``None`` for a network that cannot reject.
+        caught_rate: Poisoned images a GoodNet calls backdoored; ``None`` likewise.
+    """
+
+    clean_accuracy: float
+    attack_success_rate: float | None = None
+    false_reject_rate: float | None = None
+    caught_rate: float | None = None
+
+
+@dataclass(frozen=True)
+class CandidateRow:
+    """One repaired network in a repair's report.
+
+    Attributes:
+        name: Of the candidate, e.g. ``"X=2"``; the GoodNet's row of the same candidate has ``kind`` "goodnet".
+        kind: ``"repaired"`` for B′, ``"goodnet"`` for the N+1 network.
+        scores: Measured after the repair.
+        facts: What the method did, e.g. drop, channels_pruned.
+        files: What was written.
+    """
+
+    name: str
+    kind: str
+    scores: Scores
+    facts: Mapping[str, Any]
+    files: Sequence[str]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; ``drop`` and ``channels_pruned`` are ``None`` for methods that have none."""
+        return {
+            "name": self.name,
+            "kind": self.kind,
+            "drop": None,
+            "channels_pruned": None,
+            **self.facts,
+            **asdict(self.scores),
+            "files": list(self.files),
+        }
+
+
+@dataclass(frozen=True)
+class RepairReport(Report):
+    """The report of a repair.
+
+    Attributes:
+        model: Facts about the original file.
+        images: The clean images: path, sha256, count.
+        poisoned: The poisoned images likewise, or ``None``.
+        method: The repairer's id.
+        options: Its options with the values in force.
+        before: Scores of the original.
+        candidates: A row per repaired network and GoodNet.
+    """
+
+    schema: ClassVar[str] = "backdoorscan.repair/1"
+
+    model: Mapping[str, Any]
+    images: Mapping[str, Any]
+    poisoned: Mapping[str, Any] | None
+    method: str
+    options: Mapping[str, Any]
+    before: Scores
+    candidates: Sequence[CandidateRow]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, ready for ``json.dumps``; see docs/report.md."""
+        return {
+            "schema": self.schema,
+            "seed": self.seed,
+            "versions": dict(self.versions),
+            "cost": asdict(self.cost),
+            "model": dict(self.model),
+            "images": dict(self.images),
+            "poisoned": self.poisoned,
+            "method": self.method,
+            "options": dict(self.options),
+            "before": asdict(self.before),
+            "candidates": [row.to_json() for row in self.candidates],
+        }
+
+
+@dataclass(frozen=True)
+class EvaluationReport(Report):
+    """The report of an evaluation.
+
+    Attributes:
+        model: Facts about the file; ``kind`` is "classifier" or "goodnet".
+        images: The clean images: path, sha256, count.
+        poisoned: The poisoned images likewise, or ``None``.
+        target_label: The target label the attack success rate counts, or ``None`` where it is each image's label.
+        scores: What was measured.
+    """
+
+    schema: ClassVar[str] = "backdoorscan.evaluation/1"
+
+    model: Mapping[str, Any]
+    images: Mapping[str, Any]
+    poisoned: Mapping[str, Any] | None
+    target_label: int | None
+    scores: Scores
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, ready for ``json.dumps``; see docs/report.md."""
+        return {
+            "schema": self.schema,
+            **asdict(self.scores),
+            "target_label": self.target_label,
+            "model": dict(self.model),
+            "images": dict(self.images),
+            "poisoned": self.poisoned,
+            "seed": self.seed,
+            "versions": dict(self.versions),
+            "cost": asdict(self.cost),
+        }

@@ -1,0 +1,195 @@
+"""Tables for people: rich in a terminal, plain elsewhere."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from backdoorscan.findings import Verdict
+from backdoorscan.plugin.reporter import Reporter, Terminal
+from backdoorscan.report import CandidateRow, EvaluationReport, ModelRun, RepairReport, Report, ScanReport, Scores
+
+_STYLE = {Verdict.CLEAN: "bold green", Verdict.BACKDOORED: "bold red", Verdict.INCONCLUSIVE: "bold yellow"}
+
+
+class Table(Reporter):
+    """Tables for people."""
+
+    id = "table"
+    summary = "Tables for people: rich in a terminal, plain elsewhere."
+
+    def render(self, report: Report, terminal: Terminal) -> str:
+        """The report as text of at most ``terminal.width`` columns."""
+        stream = io.StringIO()
+        console = Console(
+            file=stream,
+            width=terminal.width,
+            force_terminal=terminal.color,
+            color_system="standard" if terminal.color else None,
+            no_color=not terminal.color,
+            highlight=False,
+            safe_box=not terminal.color,
+            legacy_windows=False,
+        )
+        console.print(Group(*_parts(report)))
+        return "\n".join(line.rstrip() for line in stream.getvalue().splitlines()) + "\n"
+
+
+def _parts(report: Report) -> Iterator[RenderableType]:
+    if isinstance(report, ScanReport):
+        for run in report.runs:
+            yield from _scan(run)
+    elif isinstance(report, RepairReport):
+        yield from _repair(report)
+    elif isinstance(report, EvaluationReport):
+        yield from _evaluation(report)
+    else:
+        raise TypeError(f"no table for {type(report).__name__}")
+
+
+def _scan(run: ModelRun) -> Iterator[RenderableType]:
+    yield Text.assemble(str(run.model["path"]), "  ", (str(run.verdict).upper(), _STYLE[run.verdict]))
+    yield _facts(run)
+    for detector in run.detectors:
+        if detector.error:
+            yield Text(f"{detector.id} failed: {detector.error}", style="red")
+        if detector.note:
+            yield Text(f"{detector.id}: {detector.note}", style="yellow")
+    if run.findings:
+        table = _table("target label", "source", "detector", "p-value", "score", "trigger L1", "area", "success")
+        for finding in run.findings:
+            trigger = finding.trigger
+            table.add_row(
+                str(finding.target_label),
+                "any" if finding.source_label is None else str(finding.source_label),
+                finding.detector,
+                f"{finding.p_value:.2g}",
+                f"{finding.score:.2f}",
+                "" if trigger is None else f"{trigger.l1:.1f} px",
+                "" if trigger is None else f"{trigger.area:.1%}",
+                _percent(finding.attack_success_rate),
+            )
+        yield table
+    yield from _labels(run)
+    if run.not_tested:
+        yield Text("not tested: " + ", ".join(run.not_tested), style="dim")
+    if not run.complete:
+        yield Text("The scan is incomplete: no verdict of clean is possible.", style="bold yellow")
+    cost = run.cost
+    yield Text(
+        f"{cost.gradient_samples:,} gradient samples, {cost.wall_seconds:.1f} s, "
+        f"{cost.cpu_seconds:.1f} CPU s, {cost.peak_memory_mb:.0f} MiB",
+        style="dim",
+    )
+
+
+def _facts(run: ModelRun) -> RenderableType:
+    model = run.model
+    low, high = model["input_range"]
+    how = f"{low:g}..{high:g}" + (f" mean {_list(model['mean'])} std {_list(model['std'])}" if model["mean"] else "")
+    found = "found" if model.get("input_range_found") else "given"
+    lines = [
+        f"{model['format']}, {'×'.join(map(str, model['input_shape']))} -> {model['num_classes']} classes, "
+        f"input {how} ({found}), {model['layout']}"
+    ]
+    if run.images is not None:
+        lines.append(f"clean accuracy {_percent(run.clean_accuracy)} on {run.images['count']} images")
+    return Text("\n".join(lines), style="dim")
+
+
+_MOST_LABELS = 12
+
+
+def _labels(run: ModelRun) -> Iterator[RenderableType]:
+    """The labels with the smallest triggers, for detectors that report such."""
+    for detector in run.detectors:
+        rows = [row for unit in detector.evidence.get("units", ()) for row in unit.get("labels", ())]
+        if not rows or "l1" not in rows[0]:
+            continue
+        indices = detector.evidence.get("anomaly_index", {})
+        flagged = {finding.target_label for finding in run.findings if finding.detector == detector.id}
+        rows.sort(key=lambda row: (not row["succeeded"], row["l1"]))
+        table = _table("label", "trigger L1", "success", "anomaly index", title=f"{detector.id}: smallest triggers")
+        for row in rows[:_MOST_LABELS]:
+            index = indices.get(str(row["label"]))
+            table.add_row(
+                str(row["label"]),
+                f"{row['l1']:.1f} px" if row["succeeded"] else "none found",
+                _percent(row["attack_success_rate"]),
+                "" if index is None else f"{index:.2f}",
+                style="bold red" if row["label"] in flagged else None,
+            )
+        yield table
+        if len(rows) > _MOST_LABELS:
+            yield Text(f"and {len(rows) - _MOST_LABELS} more labels in the JSON report", style="dim")
+
+
+def _repair(report: RepairReport) -> Iterator[RenderableType]:
+    yield Text(f"{report.model['path']}  repaired by {report.method}")
+    table = _table("network", "pruned", "clean accuracy", "attack success", "false rejects", "caught")
+    _score_row(table, "B, as it came", "", report.before)
+    for row in report.candidates:
+        _score_row(table, f"{'GoodNet' if row.kind == 'goodnet' else 'B′'} {row.name}", _pruned(row), row.scores)
+    yield table
+    count = report.images["count"]
+    yield Text(f"measured on {count} clean images" + _poisoned_note(report.poisoned), style="dim")
+    for row in report.candidates:
+        for file in row.files:
+            yield Text(f"wrote {file}", overflow="fold")
+
+
+def _evaluation(report: EvaluationReport) -> Iterator[RenderableType]:
+    yield Text(str(report.model["path"]))
+    table = _table("network", "clean accuracy", "attack success", "false rejects", "caught")
+    scores = report.scores
+    table.add_row(
+        str(report.model["kind"]),
+        _percent(scores.clean_accuracy),
+        _percent(scores.attack_success_rate),
+        _percent(scores.false_reject_rate),
+        _percent(scores.caught_rate),
+    )
+    yield table
+    yield Text(f"measured on {report.images['count']} clean images" + _poisoned_note(report.poisoned), style="dim")
+
+
+def _poisoned_note(poisoned: object) -> str:
+    return (
+        f" and {poisoned['count']} poisoned ones" if isinstance(poisoned, dict) else "; no poisoned images were given"
+    )
+
+
+def _pruned(row: CandidateRow) -> str:
+    count = row.facts.get("channels_pruned")
+    return "" if count is None else f"{count}/{row.facts['channels']}"
+
+
+def _score_row(table: RichTable, name: str, pruned: str, scores: Scores) -> None:
+    table.add_row(
+        name,
+        pruned,
+        _percent(scores.clean_accuracy),
+        _percent(scores.attack_success_rate),
+        _percent(scores.false_reject_rate),
+        _percent(scores.caught_rate),
+    )
+
+
+def _table(*columns: str, title: str | None = None) -> RichTable:
+    table = RichTable(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold", pad_edge=False)
+    for position, column in enumerate(columns):
+        table.add_column(column, justify="left" if position == 0 else "right")
+    return table
+
+
+def _percent(rate: float | None) -> str:
+    return "–" if rate is None else f"{rate:.2%}"
+
+
+def _list(values: Sequence[float]) -> str:
+    return ",".join(f"{value:g}" for value in values)

@@ -1,0 +1,211 @@
+"""The verb *scan*: plan, run the detectors, draw the verdict."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from backdoorscan import policy
+from backdoorscan.classifier import logits, to_tensor
+from backdoorscan.costing import Meter, versions
+from backdoorscan.engine import local
+from backdoorscan.errors import MethodError, UsageError
+from backdoorscan.findings import Judgement, Verdict
+from backdoorscan.formats.images import load_images
+from backdoorscan.formats.loading import LoadedModel, ReadOptions, load_model
+from backdoorscan.images import LabelledImages
+from backdoorscan.ops.metrics import accuracy
+from backdoorscan.plugin.detector import Detector
+from backdoorscan.plugin.method import Context
+from backdoorscan.registry import Plugin, Registry, installed
+from backdoorscan.report import DetectorRun, ModelRun, ScanReport
+
+Observer = Callable[[str, float], None]
+"""Told what is being done and which part of it is done, 0 to 1."""
+
+
+@dataclass(frozen=True)
+class ScanOptions:
+    """How to scan.
+
+    Attributes:
+        detectors: Ids of the detectors to run; all default ones if empty.
+        settings: Options of methods: id -> name -> value.
+        labels: Labels to examine, or ``None`` for all.
+        alpha: False-alarm budget per model, 0 to 1.
+        seed: Same input and same seed give the same report.
+        timeout: Seconds after which the scan ends incomplete, or ``None``.
+    """
+
+    detectors: Sequence[str] = ()
+    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    labels: tuple[int, ...] | None = None
+    alpha: float = policy.DEFAULT_ALPHA
+    seed: int = 0
+    timeout: float | None = None
+
+
+def _unseen(_stage: str, _fraction: float) -> None:
+    """Nobody looks."""
+
+
+def scan(
+    model: str | Path,
+    images: LabelledImages | str | Path,
+    read: ReadOptions | None = None,
+    options: ScanOptions | None = None,
+    *,
+    observer: Observer = _unseen,
+    registry: Registry | None = None,
+) -> ScanReport:
+    """Look for backdoors in a model file.
+
+    Args:
+        model: The file.
+        images: Clean labelled images, or where to read them.
+        read: What is known about the file.
+        options: How to scan.
+        observer: Told of progress.
+        registry: Where methods are found.
+
+    Raises:
+        BackdoorscanError: The file, the images or an option cannot be used. A detector that fails does not raise: the
+            report says so and is incomplete.
+    """
+    read, options, registry = read or ReadOptions(), options or ScanOptions(), registry or installed()
+    meter = Meter()
+    plan = plan_detectors(options, registry)
+    observer("reading the model", 0.0)
+    if not isinstance(images, LabelledImages):
+        images = load_images(images)
+    loaded = load_model(model, images, read, seed=options.seed, registry=registry)
+    run = scan_model(loaded, images, plan, options, meter=meter, observer=observer, registry=registry)
+    report = ScanReport(
+        seed=options.seed,
+        versions=versions(),
+        cost=run.cost,
+        verdict=run.verdict,
+        complete=run.complete,
+        alpha=options.alpha,
+        runs=[run],
+    )
+    registry.announce("scan_finished", report=report)
+    return report
+
+
+def plan_detectors(options: ScanOptions, registry: Registry) -> list[tuple[Plugin, Detector]]:
+    """The detectors to run, cheapest first, configured.
+
+    Raises:
+        UsageError: An unknown detector or option, or options for a method that does not run.
+        PluginError: A broken one was asked for, or there is none.
+    """
+    if not 0 < options.alpha < 1:
+        raise UsageError(f"--alpha {options.alpha:g} is not between 0 and 1.", hint="The default is 0.01.")
+    everything = {plugin.id: plugin for plugin in registry.of_kind("detector")}
+    if options.detectors:
+        chosen = [registry.find("detector", identifier) for identifier in dict.fromkeys(options.detectors)]
+    else:
+        chosen = [p for p in everything.values() if getattr(p.component, "default", False)]
+        if not chosen:
+            registry.find("detector", "neural-cleanse")
+    registry.check_settings("detector", [plugin.id for plugin in chosen], options.settings)
+    plan = []
+    for plugin in chosen:
+        component = plugin.component
+        if isinstance(component, type) and issubclass(component, Detector):
+            plan.append((plugin, component.configured(options.settings.get(plugin.id, {}))))
+    return sorted(plan, key=lambda pair: (pair[1].cost, pair[1].id))
+
+
+def scan_model(
+    loaded: LoadedModel,
+    images: LabelledImages,
+    plan: Sequence[tuple[Plugin, Detector]],
+    options: ScanOptions,
+    *,
+    meter: Meter,
+    observer: Observer,
+    registry: Registry,
+) -> ModelRun:
+    """Run the planned detectors on one loaded model."""
+    classifier = loaded.classifier
+    if options.labels is not None and max(options.labels, default=0) >= classifier.num_classes:
+        raise UsageError(
+            f"--labels names {max(options.labels)}.",
+            why=f"The model has the classes 0 to {classifier.num_classes - 1}.",
+        )
+    registry.announce("scan_started", artifact=loaded.artifact, detectors=[detector for _, detector in plan])
+    deadline = None if options.timeout is None else time.monotonic() + options.timeout
+    context = Context(seed=options.seed, labels=options.labels, deadline=deadline)
+    predictions = logits(classifier, to_tensor(images.pixels)).argmax(1)
+    judgements: list[Judgement] = []
+    runs = []
+    for plugin, detector in plan:
+        run, judgement = _run_detector(plugin, detector, loaded, images, context, observer, registry)
+        meter.gradient_samples += run.gradient_samples
+        runs.append(run)
+        if judgement:
+            judgements.append(judgement)
+    verdict, findings = policy.verdict(judgements, options.alpha)
+    complete = len(judgements) == len(plan)
+    if verdict is Verdict.CLEAN and not complete:
+        verdict = Verdict.INCONCLUSIVE
+    covered = {spot for _, detector in plan for spot in detector.covers}
+    blind = dict.fromkeys(spot for _, detector in plan for spot in detector.blind_spots if spot not in covered)
+    not_tested = list(blind)
+    if options.labels is not None and len(options.labels) < classifier.num_classes:
+        not_tested.append(f"{classifier.num_classes - len(options.labels)} labels left out by --labels")
+    return ModelRun(
+        model=loaded.facts,
+        images=images.described(),
+        verdict=verdict,
+        complete=complete,
+        clean_accuracy=accuracy(predictions, torch.from_numpy(images.labels)),
+        findings=findings,
+        detectors=runs,
+        cost=meter.read(),
+        not_tested=not_tested,
+    )
+
+
+def _run_detector(
+    plugin: Plugin,
+    detector: Detector,
+    loaded: LoadedModel,
+    images: LabelledImages,
+    context: Context,
+    observer: Observer,
+    registry: Registry,
+) -> tuple[DetectorRun, Judgement | None]:
+    started = time.perf_counter()
+    run = DetectorRun(id=detector.id, version=plugin.version, options=detector.settings())
+    watched = replace(context, progress=lambda fraction: observer(detector.id, fraction))
+    evidence = []
+    try:
+        units = detector.units(loaded.classifier, watched)
+        for unit, found in local.run(detector, units, loaded.classifier, images, watched):
+            registry.announce("unit_finished", detector=detector, unit=unit, evidence=found)
+            evidence.append(found)
+        judgement = detector.judge(evidence)
+    except MethodError as error:
+        return replace(run, error=str(error), seconds=_since(started)), None
+    judgement = replace(judgement, findings=[replace(f, detector=detector.id) for f in judgement.findings])
+    run = replace(
+        run,
+        evidence={**judgement.figures, "units": [part.figures for part in evidence]},
+        p_value=judgement.p_value,
+        note=judgement.note,
+        gradient_samples=sum(part.gradient_samples for part in evidence),
+        seconds=_since(started),
+    )
+    return run, judgement
+
+
+def _since(started: float) -> float:
+    return round(time.perf_counter() - started, 3)

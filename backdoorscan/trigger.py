@@ -1,0 +1,50 @@
+"""A trigger: what is stamped on an image to send it to a target label."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def stamp(images: Tensor, mask: Tensor, pattern: Tensor) -> Tensor:
+    """Blend ``pattern`` into ``images``: ``(1 - mask) * x + mask * pattern``.
+
+    Source: Wang et al. 2019, "Neural Cleanse", eq. 2.
+
+    Args:
+        images: Shape (..., C, H, W) in [0, 1].
+        mask: Shape (..., 1, H, W) in [0, 1].
+        pattern: Shape (..., C, H, W) in [0, 1].
+    """
+    return torch.lerp(images, pattern, mask.expand_as(pattern))
+
+
+@dataclass(frozen=True, eq=False)
+class Trigger:
+    """A mask and a pattern in pixel space.
+
+    Attributes:
+        mask: Shape (1, H, W) in [0, 1]: how much of a pixel is replaced.
+        pattern: Shape (C, H, W) in [0, 1]: what it is replaced with.
+        target: The label it leads to.
+    """
+
+    mask: Tensor
+    pattern: Tensor
+    target: int
+
+    def stamp(self, images: Tensor) -> Tensor:
+        """The images (N, C, H, W) in [0, 1] with the trigger on them."""
+        return stamp(images, self.mask, self.pattern)
+
+    @property
+    def l1(self) -> float:
+        """L1 norm of the mask in pixels, 0 to H·W."""
+        return float(self.mask.sum())
+
+    @property
+    def area(self) -> float:
+        """The part of the image that the mask covers, 0 to 1."""
+        return float(self.mask.mean())

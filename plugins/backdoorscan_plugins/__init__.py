@@ -1,0 +1,1 @@
+"""The methods that come with backdoorscan, one module per published method or family."""
