@@ -121,7 +121,8 @@ def _activations(classifier: Classifier, front: fx.GraphModule, images: Labelled
     """What ``front`` returns for all images (or as many as fit), and their labels."""
     size = sum(value.numel() * value.element_size() for value in front(classifier.example()))
     images = images.sample(max(1, _CACHE_BYTES // size), seed=0)
-    parts = [front(classifier.native(to_tensor(part))) for part in torch.as_tensor(images.pixels).split(256)]
+    batches = (to_tensor(images.pixels[start : start + 256]) for start in range(0, len(images), 256))
+    parts = [front(classifier.native(batch)) for batch in batches]
     return [torch.cat(values) for values in zip(*parts, strict=True)], torch.from_numpy(images.labels)
 
 

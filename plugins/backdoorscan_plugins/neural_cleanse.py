@@ -64,7 +64,7 @@ class NeuralCleanse(Detector):
     batches: int = option(1, help="Gradient steps within one step of the schedule.", minimum=1)
     batch_size: int = option(8, help="Images per label and gradient step.", minimum=1)
     restarts: int = option(2, help="Independent starts per label; the smallest trigger counts.", minimum=1)
-    screening: int = option(40, help="Steps after which only the best start of each label goes on.", minimum=1)
+    screening: int = option(80, help="Steps after which only the best start of each label goes on.", minimum=1)
     learning_rate: float = option(0.15, help="Of Adam.", minimum=1e-6)
     init_cost: float = option(1e-3, help="Weight of the L1 norm when it sets in.", minimum=0)
     cost_multiplier: float = option(1.12, help="Factor by which the weight rises; falls by its power 1.5.", minimum=1)

@@ -1,0 +1,5 @@
+"""``python -m backdoorscan``."""
+
+from backdoorscan.cli import main
+
+main()
