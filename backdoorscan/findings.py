@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import base64
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
-
-import numpy as np
-import torch
-from torch import Tensor
 
 from backdoorscan.trigger import Trigger
 
@@ -78,13 +72,7 @@ class Finding:
         """Plain data for the report."""
         trigger = None
         if self.trigger is not None:
-            trigger = {
-                "l1": self.trigger.l1,
-                "area": self.trigger.area,
-                "attack_success_rate": self.attack_success_rate,
-                "mask": _pack(self.trigger.mask),
-                "pattern": _pack(self.trigger.pattern),
-            }
+            trigger = {**self.trigger.to_json(), "attack_success_rate": self.attack_success_rate}
         return {
             "detector": self.detector,
             "target_label": self.target_label,
@@ -97,15 +85,15 @@ class Finding:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Finding:
         """The inverse of ``to_json``."""
-        packed = data["trigger"]
+        trigger = data["trigger"]
         return cls(
             detector=data["detector"],
             target_label=data["target_label"],
             source_label=data["source_label"],
             p_value=data["p_value"],
             score=data["score"],
-            attack_success_rate=packed and packed["attack_success_rate"],
-            trigger=packed and Trigger(_unpack(packed["mask"]), _unpack(packed["pattern"]), data["target_label"]),
+            attack_success_rate=trigger and trigger["attack_success_rate"],
+            trigger=trigger and Trigger.from_json(trigger),
         )
 
 
@@ -124,13 +112,3 @@ class Judgement:
     p_value: float | None
     figures: Mapping[str, Any] = field(default_factory=dict)
     note: str = ""
-
-
-def _pack(tensor: Tensor) -> dict[str, Any]:
-    array = tensor.detach().cpu().numpy().astype("<f4")
-    return {"shape": list(array.shape), "float32": base64.b64encode(zlib.compress(array.tobytes(), 9)).decode()}
-
-
-def _unpack(data: Mapping[str, Any]) -> Tensor:
-    array = np.frombuffer(zlib.decompress(base64.b64decode(data["float32"])), "<f4")
-    return torch.from_numpy(array.reshape(data["shape"]).astype(np.float32))

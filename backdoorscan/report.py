@@ -6,11 +6,12 @@ JSON is the canonical form; every other format is a function of it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar
 
 from backdoorscan.errors import UsageError
 from backdoorscan.findings import Finding, Verdict
+from backdoorscan.trigger import Trigger
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,10 @@ class DetectorRun:
         error: Why it failed, or empty.
         gradient_samples: Its cost.
         seconds: Its elapsed time.
+        triggers: Reversed triggers, the smallest first; at most ``MOST_TRIGGERS``.
     """
+
+    MOST_TRIGGERS: ClassVar[int] = 16
 
     id: str
     version: str
@@ -55,6 +59,17 @@ class DetectorRun:
     error: str = ""
     gradient_samples: int = 0
     seconds: float = 0.0
+    triggers: Sequence[Trigger] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        data = {f.name: getattr(self, f.name) for f in fields(self)}
+        return data | {"triggers": [trigger.to_json() for trigger in self.triggers]}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> DetectorRun:
+        """The inverse of ``to_json``."""
+        return cls(**{**data, "triggers": [Trigger.from_json(trigger) for trigger in data["triggers"]]})
 
 
 @dataclass(frozen=True)
@@ -85,11 +100,11 @@ class ModelRun:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
-        data = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        data = {f.name: getattr(self, f.name) for f in fields(self)}
         return data | {
             "verdict": str(self.verdict),
             "findings": [finding.to_json() for finding in self.findings],
-            "detectors": [asdict(run) for run in self.detectors],
+            "detectors": [run.to_json() for run in self.detectors],
             "cost": asdict(self.cost),
             "not_tested": list(self.not_tested),
         }
@@ -100,7 +115,7 @@ class ModelRun:
         changes = {
             "verdict": Verdict(data["verdict"]),
             "findings": [Finding.from_json(finding) for finding in data["findings"]],
-            "detectors": [DetectorRun(**run) for run in data["detectors"]],
+            "detectors": [DetectorRun.from_json(run) for run in data["detectors"]],
             "cost": Cost(**data["cost"]),
         }
         return cls(**{**data, **changes})

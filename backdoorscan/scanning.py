@@ -24,6 +24,7 @@ from backdoorscan.plugin.detector import Detector
 from backdoorscan.plugin.method import Context
 from backdoorscan.registry import Plugin, Registry, installed
 from backdoorscan.report import DetectorRun, ModelRun, ScanReport
+from backdoorscan.trigger import Trigger
 
 Observer = Callable[[str, float], None]
 """Told what is being done and which part of it is done, 0 to 1."""
@@ -203,8 +204,13 @@ def _run_detector(
         note=judgement.note,
         gradient_samples=sum(part.gradient_samples for part in evidence),
         seconds=_since(started),
+        triggers=_smallest([trigger for part in evidence for trigger in part.triggers]),
     )
     return run, judgement
+
+
+def _smallest(triggers: Sequence[Trigger]) -> list[Trigger]:
+    return sorted(triggers, key=lambda trigger: trigger.l1)[: DetectorRun.MOST_TRIGGERS]
 
 
 def _since(started: float) -> float:

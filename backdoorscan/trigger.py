@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import base64
+import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -48,3 +53,28 @@ class Trigger:
     def area(self) -> float:
         """The part of the image that the mask covers, 0 to 1."""
         return float(self.mask.mean())
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for the report: the figures, and mask and pattern packed as text."""
+        return {
+            "target": self.target,
+            "l1": self.l1,
+            "area": self.area,
+            "mask": _pack(self.mask),
+            "pattern": _pack(self.pattern),
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Trigger:
+        """The inverse of ``to_json``."""
+        return cls(_unpack(data["mask"]), _unpack(data["pattern"]), data["target"])
+
+
+def _pack(tensor: Tensor) -> dict[str, Any]:
+    array = tensor.detach().cpu().numpy().astype("<f4")
+    return {"shape": list(array.shape), "float32": base64.b64encode(zlib.compress(array.tobytes(), 9)).decode()}
+
+
+def _unpack(data: Mapping[str, Any]) -> Tensor:
+    array = np.frombuffer(zlib.decompress(base64.b64decode(data["float32"])), "<f4")
+    return torch.from_numpy(array.reshape(data["shape"]).astype(np.float32))

@@ -21,7 +21,7 @@ import json
 import re
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import is_dataclass, replace
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -194,21 +194,16 @@ def _check_detector_on(detector: Detector, classifier: Classifier, images: Label
             _examine(detector, units[0], classifier, None, context)
     for unit, one, other in zip(units, first, again, strict=True):
         _check_evidence(unit, one, classifier)
-        same = _plain(one.figures) == _plain(other.figures) and _equal_triggers(one.triggers, other.triggers)
-        _require(
-            same and one.gradient_samples == other.gradient_samples,
-            f"examine({unit.id}) gives another result in a second run or in another order of units",
-            "Draw random numbers only from context.generator(self.id, unit.id), and keep no state.",
-        )
+        same = one.figures == other.figures and one.gradient_samples == other.gradient_samples
+        same = same and _equal_triggers(one.triggers, other.triggers)
+        what = f"examine({unit.id}) gives another result in a second run or in another order of units"
+        _require(same, what, "Draw random numbers only from context.generator(self.id, unit.id), and keep no state.")
     judgement = detector.judge(first)
     _check_judgement(judgement)
     stored = [replace(part, figures=json.loads(json.dumps(part.figures))) for part in first]
     for evidence, what in ((first, "a second time"), (stored, "on evidence that went through JSON")):
-        _require(
-            _as_plain(detector.judge(evidence)) == _as_plain(judgement),
-            f"judge() says something else {what}",
-            "It must be a pure function of the evidence.",
-        )
+        same = _as_plain(detector.judge(evidence)) == _as_plain(judgement)
+        _require(same, f"judge() says something else {what}", "It must be a pure function of the evidence.")
 
 
 def check_repairer(component: type[Repairer], settings: Mapping[str, Any] | None = None) -> None:
@@ -234,51 +229,30 @@ def check_repairer(component: type[Repairer], settings: Mapping[str, Any] | None
             _equal_weights(_weights(one.classifier), _weights(other.classifier))
             for one, other in zip(first, again, strict=True)
         )
-        _require(
-            same,
-            "repair() gives another network in a second run",
-            "Draw random numbers only from context.generator(self.id).",
-        )
+        _require(same, "repair() gives another network in a second run", "Draw only from context.generator(self.id).")
 
 
 def _check_method(component: type[Method], kind: type[Method]) -> None:
-    _require(
-        issubclass(component, kind), f"{component.__name__} is no {kind.__name__}", f"Derive from {kind.__name__}."
-    )
     name = component.__name__
-    frozen = is_dataclass(component) and component.__dict__.get("__dataclass_params__")
-    _require(
-        bool(frozen) and frozen.frozen,
-        f"{name} is not a frozen dataclass",
-        "Put @dataclass(frozen=True, kw_only=True) above the class.",
-    )
+    _require(issubclass(component, kind), f"{name} is no {kind.__name__}", f"Derive it from {kind.__name__}.")
+    parameters = component.__dict__.get("__dataclass_params__")
+    hint = "Put @dataclass(frozen=True, kw_only=True) above the class."
+    _require(parameters is not None and parameters.frozen, f"{name} is not a frozen dataclass", hint)
     identifier = getattr(component, "id", "")
-    _require(
-        isinstance(identifier, str) and re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", identifier) is not None,
-        f"{name}.id = {identifier!r} is not in kebab-case",
-        'Users type it: for example id = "neural-cleanse".',
-    )
+    kebab = isinstance(identifier, str) and re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", identifier) is not None
+    _require(kebab, f"{name}.id = {identifier!r} is not in kebab-case", 'Users type it: id = "neural-cleanse".')
     # dataclass() writes a docstring of its own, "Name(field: type = default)", where there is none.
-    own = component.__dict__.get("__doc__") or ""
-    _require(
-        bool(own.strip()) and not own.startswith(f"{name}("),
-        f"{name} has no docstring",
-        "Say in one line what it does.",
-    )
+    own = (component.__dict__.get("__doc__") or "").strip()
+    _require(own != "" and not own.startswith(f"{name}("), f"{name} has no docstring", "Say in one line what it does.")
     for spec in component.options():
         for written in (spec.default, _as_typed(spec.default)):
-            _require(
-                spec.parse(written, identifier) == spec.default,
-                f"{name}.{spec.name}: the default {spec.default!r}, given as {written!r}, is read as something else",
-                "Make the default a value of the annotated type.",
-            )
-        _require(bool(spec.help.strip()), f"{name}.{spec.name} has no help", "Give option(..., help=...).")
+            what = f"{name}.{spec.name}: the default {spec.default!r}, given as {written!r}, is read as something else"
+            same = spec.parse(written, identifier) == spec.default
+            _require(same, what, "Make the default a value of the annotated type.")
+        _require(spec.help.strip() != "", f"{name}.{spec.name} has no help", "Give option(..., help=...).")
     instance = component.configured({})
-    _require(
-        component.configured(instance.settings()) == instance,
-        f"{name}.configured(settings()) is another {name}",
-        "Let options be the only state.",
-    )
+    same = component.configured(instance.settings()) == instance
+    _require(same, f"{name}.configured(settings()) is another {name}", "Let options be the only state.")
 
 
 def _as_typed(value: object) -> str:
@@ -291,18 +265,12 @@ def _as_typed(value: object) -> str:
 def _check_units(detector: Detector, classifier: Classifier, context: Context) -> Sequence[Unit]:
     units = list(detector.units(classifier, context))
     _require(bool(units), "units() is empty", "Return at least one unit of work.")
-    _require(
-        len({unit.id for unit in units}) == len(units), "two units have the same id", "Seeds are derived from the id."
-    )
-    _require(
-        units == list(detector.units(classifier, context)),
-        "units() differs from call to call",
-        "Make it deterministic.",
-    )
+    unique = len({unit.id for unit in units}) == len(units)
+    _require(unique, "two units have the same id", "Seeds are derived from the id.")
+    same = units == list(detector.units(classifier, context))
+    _require(same, "units() differs from call to call", "Make it deterministic.")
     named = {label for unit in detector.units(classifier, replace(context, labels=(1, 3))) for label in unit.labels}
-    _require(
-        named <= {1, 3}, f"units() ignores context.labels: asked for 1 and 3, got {named}", "Use examined_labels()."
-    )
+    _require(named <= {1, 3}, f"units() ignores context.labels: asked for 1 and 3, got {named}", "Use them.")
     return units
 
 
@@ -313,17 +281,11 @@ def _check_evidence(unit: Unit, evidence: Evidence, classifier: Classifier) -> N
     channels, height, width = classifier.input_shape
     for trigger in evidence.triggers:
         shapes = tuple(trigger.mask.shape), tuple(trigger.pattern.shape)
-        _require(
-            shapes == ((1, height, width), (channels, height, width)),
-            f"a trigger of {unit.id} has shapes {shapes}",
-            "A mask is (1, H, W), a pattern (C, H, W).",
-        )
+        right = shapes == ((1, height, width), (channels, height, width))
+        _require(right, f"a trigger of {unit.id} has shapes {shapes}", "A mask is (1, H, W), a pattern (C, H, W).")
         values = torch.cat([trigger.mask.flatten(), trigger.pattern.flatten()])
-        _require(
-            bool(((values >= 0) & (values <= 1)).all()),
-            f"a trigger of {unit.id} leaves [0, 1]",
-            "Triggers are in pixel space.",
-        )
+        inside = bool(((values >= 0) & (values <= 1)).all())
+        _require(inside, f"a trigger of {unit.id} leaves [0, 1]", "Triggers are in pixel space.")
         _require(0 <= trigger.target < classifier.num_classes, f"a trigger leads to {trigger.target}", "Name a class.")
 
 
@@ -343,27 +305,20 @@ def _check_candidates(candidates: Sequence[Candidate], classifier: Classifier, i
     names = [candidate.name for candidate in candidates]
     _require(bool(names), "repair() returned no candidate", "Return at least one, or raise MethodError.")
     _require(len(set(names)) == len(names), f"candidates share names: {names}", "Files are named after them.")
-    original = _weights(classifier)
+    shapes = {key: tensor.shape for key, tensor in classifier.state_dict().items()}
     memory = {tensor.data_ptr() for tensor in classifier.state_dict().values()}
     for name, repaired, facts in ((c.name, c.classifier, c.facts) for c in candidates):
-        _require(
-            re.fullmatch(r"[\w.=+-]+", name) is not None, f"candidate {name!r} cannot name a file", "Use letters, =, -."
-        )
-        shared = [key for key, tensor in repaired.state_dict().items() if tensor.data_ptr() in memory]
+        fit = re.fullmatch(r"[\w.=+-]+", name) is not None
+        _require(fit, f"candidate {name!r} cannot name a file", "Use letters, digits, '=' and '-'.")
+        tensors = repaired.state_dict()
+        shared = [key for key, tensor in tensors.items() if tensor.data_ptr() in memory]
         _require(not shared, f"{name} shares {shared} with the original", "Work on classifier.clone().")
-        shapes = {key: tensor.shape for key, tensor in _weights(repaired).items()}
-        _require(
-            shapes == {key: tensor.shape for key, tensor in original.items()},
-            f"{name} has other tensors than the original",
-            "A repair changes values, or it cannot be written back to the user's file.",
-        )
+        same = {key: tensor.shape for key, tensor in tensors.items()} == shapes
+        _require(same, f"{name} has other tensors than the original", "Change values only: the user's file has to fit.")
         _require(not repaired.network.training, f"{name} is in training mode", "Call eval() at the end.")
         scores = logits(repaired, to_tensor(images.pixels))
-        _require(
-            scores.shape == (len(images), classifier.num_classes) and bool(scores.isfinite().all()),
-            f"{name} does not return finite logits (N, {classifier.num_classes})",
-            "Check the repaired network.",
-        )
+        usable = scores.shape == (len(images), classifier.num_classes) and bool(scores.isfinite().all())
+        _require(usable, f"{name} does not return finite logits (N, K)", "Check the repaired network.")
         _check_plain(facts, f"the facts of {name}")
 
 
@@ -386,7 +341,6 @@ def _watched(context: Context) -> Iterator[Context]:
     """A context that notes what is reported; afterwards, that nothing was printed and progress was a fraction."""
     told: list[float] = []
     printed = io.StringIO()
-    torch.rand(1)  # global random numbers are different in every run
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
         yield replace(context, progress=told.append)
     _require(not printed.getvalue(), f"the method prints {printed.getvalue()[:40]!r}", "Put it into the figures.")
@@ -401,11 +355,8 @@ def _untouched(classifier: Classifier, images: LabelledImages) -> Iterator[None]
     flags = [parameter.requires_grad for parameter in classifier.parameters()]
     yield
     _require(_equal_weights(before, _weights(classifier)), "the classifier's weights were changed", "Use clone().")
-    _require(
-        flags == [parameter.requires_grad for parameter in classifier.parameters()],
-        "the parameters' requires_grad flags were changed",
-        "Restore them in a finally clause.",
-    )
+    same = flags == [parameter.requires_grad for parameter in classifier.parameters()]
+    _require(same, "the parameters' requires_grad flags were changed", "Restore them in a finally clause.")
     _require(not classifier.network.training, "the classifier was left in training mode", "Use clone().")
     _require(np.array_equal(pixels, images.pixels), "the images were changed", "Work on a copy.")
 

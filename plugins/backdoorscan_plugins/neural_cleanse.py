@@ -24,6 +24,9 @@ from backdoorscan.plugin.method import Context, option
 _IMAGES_AT_ONCE = 512
 """Stamped images in one forward pass: more gains nothing on two cores and costs memory."""
 
+_LIKELY = 10
+"""Classes kept of the mean prediction on stamped images."""
+
 _PRIOR = Spread(sd=0.45, weight=10)
 """Standard deviation of log L1 over the labels of clean networks: 0.16 to 1.0, median 0.45 over 42 small ones."""
 
@@ -43,6 +46,9 @@ class NeuralCleanse(Detector):
     2) is reported. The decision is another: the p-value of the smallest log L1 among N labels, with the spread
     moderated by that of clean networks. Labels for which no trigger was found are left out of the comparison, and so
     are labels that are unusually hard.
+
+    Beside it stands the other statistic in use: with a label's trigger stamped on clean images, the mean absolute
+    deviation of the predicted class from the label. Its minimum names the label whose trigger is most reliable.
 
     It sees triggers that work from every class: patches, and with luck blended patterns. It does not see all-to-all
     and source-specific backdoors, for which no universal trigger exists.
@@ -102,14 +108,27 @@ class NeuralCleanse(Detector):
         rows = []
         for label, result in zip(unit.labels, results, strict=True):
             stamped = result.trigger.stamp(test_pixels)
-            rate = attack_success_rate(logits(classifier, stamped).argmax(1), test_labels, label)
+            scores = logits(classifier, stamped)
+            predicted = scores.argmax(1)
+            rate = attack_success_rate(predicted, test_labels, label)
+            likely = scores.softmax(1).mean(0).topk(min(_LIKELY, classifier.num_classes))
             rows.append(
                 {
                     "label": label,
                     "l1": round(result.trigger.l1, 4),
                     "succeeded": result.succeeded and (rate is None or rate >= self.held_out_success),
                     "attack_success_rate": rate,
+                    "prediction_deviation": round(float((predicted - label).abs().double().mean()), 4),
+                    "predictions": {
+                        str(k): round(v, 4)
+                        for k, v in zip(likely.indices.tolist(), likely.values.tolist(), strict=True)
+                    },
                     "steps": result.steps,
+                    "curves": {
+                        "loss": [round(value, 4) for value in result.loss],
+                        "l1": [round(value, 2) for value in result.l1],
+                        "success": [round(value, 4) for value in result.success],
+                    },
                 }
             )
         return Evidence(
@@ -133,6 +152,7 @@ class NeuralCleanse(Detector):
         )
         figures |= {
             "median_l1": float(np.median(sizes)),
+            "smallest_deviation": min(rows, key=lambda row: row["prediction_deviation"])["label"],
             "ratio": float(np.median(sizes) / sizes.min()),
             "anomaly_index": {str(row["label"]): round(float(i), 3) for row, i in zip(found, indices, strict=True)},
         }
