@@ -1,0 +1,175 @@
+"""Every detector of the installation keeps the contract, and finds what is planted."""
+
+import dataclasses
+import json
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from backdoorscan_plugins.neural_cleanse import NeuralCleanse
+
+from backdoorscan import policy
+from backdoorscan.errors import MethodError, UsageError
+from backdoorscan.findings import Evidence, Finding, Judgement, Unit, Verdict
+from backdoorscan.plugin.detector import Detector
+from backdoorscan.plugin.method import Context, option
+from backdoorscan.plugin.testing import ContractError, check_detector, planted
+from backdoorscan.registry import installed
+
+DETECTORS = [plugin.component for plugin in installed().of_kind("detector")]
+
+
+def detect(detector: Detector, classifier, images, **options) -> Judgement:
+    context = Context(**options)
+    return detector.judge(
+        [detector.examine(unit, classifier, images, context) for unit in detector.units(classifier, context)]
+    )
+
+
+@pytest.mark.parametrize("component", DETECTORS, ids=lambda component: component.id)
+def test_keeps_the_contract(component):
+    check_detector(component)
+
+
+@pytest.mark.parametrize("component", [c for c in DETECTORS if c.default], ids=lambda component: component.id)
+@pytest.mark.parametrize("target", [None, 0, 7])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_flags_the_planted_label_and_no_clean_twin(component, target, seed):
+    classifier, images, _ = planted(target)
+    judgement = detect(component(), classifier, images, seed=seed)
+    verdict, findings = policy.verdict([judgement], alpha=0.01)
+    assert verdict is (Verdict.CLEAN if target is None else Verdict.BACKDOORED)
+    assert [finding.target_label for finding in findings] == ([] if target is None else [target])
+
+
+def test_neural_cleanse_finds_it_in_colour():
+    classifier, images, trigger = planted(4, channels=3, blocks=3)
+    (finding,) = detect(NeuralCleanse(), classifier, images).findings[:1]
+    assert (finding.target_label, finding.p_value <= 0.01) == (4, True)
+    assert finding.trigger.l1 < trigger.l1
+    assert finding.attack_success_rate > 0.6
+
+
+def test_neural_cleanse_examines_only_the_labels_asked_for():
+    classifier, images, _ = planted(2, classes=5, blocks=3, count=60)
+    context = Context(labels=(1, 2, 4))
+    detector = NeuralCleanse(steps=3)
+    assert [unit.labels for unit in detector.units(classifier, context)] == [(1, 2, 4)]
+    evidence = detector.examine(detector.units(classifier, context)[0], classifier, images, context)
+    assert [row["label"] for row in evidence.figures["labels"]] == [1, 2, 4]
+
+
+def test_neural_cleanse_splits_many_labels():
+    classifier, _, _ = planted(2, classes=5, blocks=3, count=60)
+    units = NeuralCleanse(batch_size=128, restarts=2).units(classifier, Context())
+    assert [unit.labels for unit in units] == [(0, 1), (2, 3), (4,)]
+
+
+def row(label, l1, succeeded=True):
+    return {"label": label, "l1": l1, "succeeded": succeeded, "attack_success_rate": 1.0, "steps": 9}
+
+
+def evidence(*rows) -> list[Evidence]:
+    return [Evidence(figures={"labels": [one]}, triggers=[]) for one in rows]
+
+
+@pytest.mark.parametrize("rows", [[], [row(0, 3.0)], [row(0, 3.0), row(1, 30.0, False)]])
+def test_neural_cleanse_without_anything_to_compare_has_no_answer(rows):
+    judgement = NeuralCleanse().judge(evidence(*rows))
+    assert judgement.p_value is None
+    assert not judgement.findings
+    assert judgement.note
+
+
+def test_neural_cleanse_needs_images_of_several_classes():
+    classifier, images, _ = planted(2, classes=5, blocks=3, count=60)
+    detector, context = NeuralCleanse(), Context()
+    (unit,) = detector.units(classifier, context)
+    with pytest.raises(MethodError, match="needs clean images"):
+        detector.examine(unit, classifier, None, context)
+    with pytest.raises(MethodError, match="label 0"):
+        detector.examine(unit, classifier, images.take((images.labels == 0).nonzero()[0]), context)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sound(Detector):
+    """Looks at the norms of the dense layer's rows."""
+
+    id = "sound"
+    power: float = option(2.0, help="Of the norm.", minimum=0)
+    layers: tuple[str, ...] = option(("fc",), help="Layers.")
+
+    def examine(self, unit, classifier, images, context):
+        noise = torch.rand(1, generator=context.generator(self.id, unit.id))
+        norms = classifier.network.fc.weight.detach().norm(self.power, dim=1) + noise
+        return Evidence(figures={"norms": norms.tolist()})
+
+    def judge(self, evidence):
+        return Judgement(findings=[Finding(target_label=0, p_value=0.5, score=1.0)], p_value=0.5)
+
+
+def test_a_sound_detector_passes():
+    check_detector(Sound)
+    check_detector(Sound, {"power": "1"})
+
+
+def breaking(**members):
+    """``Sound`` with one thing wrong."""
+    return dataclass(frozen=True, kw_only=True)(type("Sound", (Sound,), {"__doc__": "Bad.", **members}))
+
+
+def examine_with(change):
+    def examine(self, unit, classifier, images, context):
+        result = Sound.examine(self, unit, classifier, images, context)
+        changed = change(result, classifier, images, context)
+        return changed if isinstance(changed, Evidence) else result
+
+    return {"examine": examine}
+
+
+counter = iter(range(10**6))
+
+MISTAKES = {
+    "id": ({"id": "Bad_Id"}, "kebab-case"),
+    "docstring": ({"__doc__": None}, "docstring"),
+    "default": ({"power": option("two", help="x"), "__annotations__": {"power": "float"}}, "not valid"),
+    "same units": ({"units": lambda self, *_: [Unit("a"), Unit("a")]}, "same id"),
+    "no units": ({"units": lambda self, *_: []}, "units\\(\\) is empty"),
+    "unstable units": ({"units": lambda self, *_: [Unit(str(next(counter)))]}, "differs from call to call"),
+    "labels ignored": ({"units": lambda self, *_: [Unit("a", (0, 1, 2))]}, "context.labels"),
+    "not plain": (examine_with(lambda e, *_: replace(e, figures={"x": torch.ones(2)})), "JSON"),
+    "not a number": (examine_with(lambda e, *_: replace(e, figures={"x": float("nan")})), "JSON"),
+    "tuples": (examine_with(lambda e, *_: replace(e, figures={"x": (1, 2)})), "come back from JSON changed"),
+    "global randomness": (examine_with(lambda e, *_: replace(e, figures={"x": torch.rand(1).item()})), "second run"),
+    "weights": (examine_with(lambda _e, c, *_: c.network.fc.bias.data.add_(1)), "weights were changed"),
+    "gradient flags": (examine_with(lambda _e, c, *_: c.requires_grad_(True)), "requires_grad"),
+    "training mode": (examine_with(lambda _e, c, *_: c.network.train()), "training mode"),
+    "images": (examine_with(lambda _e, _c, images, _: images.pixels.fill(0)), "images were changed"),
+    "prints": (examine_with(lambda *_: print("hello")), "prints 'hello"),
+    "progress": (examine_with(lambda _e, _c, _i, context: context.progress(50)), "progress"),
+    "impure": ({"judge": lambda self, _: Judgement(p_value=1 / (2 + next(counter)))}, "second time"),
+    "not a probability": ({"judge": lambda self, _: Judgement(p_value=1.5)}, "p-value is 1.5"),
+}
+
+
+@pytest.mark.parametrize(("members", "message"), MISTAKES.values(), ids=MISTAKES)
+def test_a_broken_contract_is_noticed(members, message):
+    with pytest.raises((ContractError, UsageError), match=message):
+        check_detector(breaking(**members))
+
+
+def test_a_class_that_is_not_frozen_is_noticed():
+    class Thawed(Sound):
+        """Not a dataclass."""
+
+    with pytest.raises(ContractError, match="frozen dataclass"):
+        check_detector(Thawed)
+
+
+def test_evidence_that_was_stored_can_be_judged_again():
+    classifier, images, _ = planted(2, classes=5, blocks=3, count=60)
+    detector, context = NeuralCleanse(steps=40), Context()
+    (unit,) = detector.units(classifier, context)
+    found = detector.examine(unit, classifier, images, context)
+    stored = dataclasses.replace(found, figures=json.loads(json.dumps(found.figures)))
+    assert detector.judge([stored]).p_value == detector.judge([found]).p_value
