@@ -64,15 +64,24 @@ def load(path: Path | None, methods: Collection[str], start: Path | None = None)
     """
     if path is not None:
         data = _parse(path)
-        table = data.get("tool", {}).get("backdoorscan", data if path.name != "pyproject.toml" else {})
-        return _settings(path, table, methods)
+        table = _table(data)
+        return _settings(path, ({} if path.name == "pyproject.toml" else data) if table is None else table, methods)
     here = (start or Path.cwd()).resolve()
     for folder in (here, *here.parents):
         file = folder / "pyproject.toml"
         if file.is_file():
-            table = _parse(file).get("tool", {}).get("backdoorscan")
-            return Settings() if table is None else _settings(file, table, methods)
+            table = _table(_parse(file))
+            if table is not None:
+                return _settings(file, table, methods)
     return Settings()
+
+
+def _table(data: Mapping[str, Any]) -> Any:
+    """The table of ours in a file's data, or ``None``."""
+    tools = data.get("tool")
+    if tools is not None and not isinstance(tools, dict):
+        raise UsageError("A configuration file's [tool] is not a table.")
+    return tools.get("backdoorscan") if tools else None
 
 
 def _parse(path: Path) -> dict[str, Any]:

@@ -99,13 +99,7 @@ def evaluate(
         poisoned = load_images(poisoned)
     network, facts, num_classes = open_network(model, images, read, seed)
     rejects = num_classes if facts["kind"] == "goodnet" else None
-    if poisoned is not None and poisoned.shape != images.shape:
-        raise ImagesError(f"{poisoned.source} has images of {poisoned.shape}, {images.source} of {images.shape}.")
-    for part in (images, poisoned):
-        if part is not None:
-            part.check_fits(num_classes)
-    if target is not None and not 0 <= target < num_classes:
-        raise ImagesError(f"--target {target} does not exist in a model of {num_classes} classes.")
+    check_images(images, poisoned, target, num_classes)
     scores = measure(network, images, poisoned, target=target, rejects=rejects)
     return EvaluationReport(
         seed=seed,
@@ -117,6 +111,21 @@ def evaluate(
         target_label=target,
         scores=scores,
     )
+
+
+def check_images(images: LabelledImages, poisoned: LabelledImages | None, target: int | None, num_classes: int) -> None:
+    """Check that what is to be measured belongs together.
+
+    Raises:
+        ImagesError: Labels that the model does not have, or images of different sizes.
+    """
+    images.check_fits(num_classes)
+    if poisoned is not None:
+        poisoned.check_fits(num_classes)
+        if poisoned.shape != images.shape:
+            raise ImagesError(f"{poisoned.source} has images of {poisoned.shape}, {images.source} of {images.shape}.")
+    if target is not None and not 0 <= target < num_classes:
+        raise ImagesError(f"--target {target} does not exist in a model of {num_classes} classes.")
 
 
 def open_network(

@@ -5,6 +5,7 @@ Everything here works on ``torch.fx.GraphModule``; nothing depends on the format
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
 from typing import TypeAlias, cast
 
@@ -83,6 +84,14 @@ def strip_final_activation(network: fx.GraphModule) -> str | None:
     network.graph.erase_node(node)
     network.recompile()
     return kind
+
+
+def allow_any_memory_format(network: fx.GraphModule) -> None:
+    """Replace ``view``, which needs its input in one order of memory, by ``reshape``, in place."""
+    for node in network.graph.nodes:
+        if node.op == "call_method" and node.target == "view" and not isinstance(node.args[-1], torch.dtype):
+            node.target = "reshape"
+    network.recompile()
 
 
 def accept_channels_first(network: fx.GraphModule) -> None:
@@ -182,7 +191,8 @@ def channel_path(network: fx.GraphModule, conv: fx.Node, example: Tensor) -> lis
     """The nodes from ``conv`` on that keep its channels apart: normalisation, activation, pooling.
 
     A node belongs to the path while it is the only user of the one before, and changing one channel before it
-    changes that channel alone behind it. The test is made with numbers, so it needs no list of layer types.
+    changes that channel alone behind it. The test is made with numbers, so it needs no list of layer types; only
+    layers made to mix channels end the path even where a silent channel hides that they do.
 
     Args:
         network: The network.
@@ -198,7 +208,8 @@ def channel_path(network: fx.GraphModule, conv: fx.Node, example: Tensor) -> lis
     changed[:, 0] += 1 + value[:, 0].abs()
     while len(path[-1].users) == 1:
         node = next(iter(path[-1].users))
-        if node.op == "output" or node.all_input_nodes != [path[-1]]:
+        mixes = isinstance(layer(network, node), nn.Conv2d | nn.ConvTranspose2d | nn.Linear)
+        if node.op == "output" or mixes or node.all_input_nodes != [path[-1]]:
             break
         tail = fx.Graph()
         entry = tail.placeholder("entry")
@@ -259,6 +270,7 @@ def split(network: fx.GraphModule, node: fx.Node) -> tuple[fx.GraphModule, fx.Gr
         n
         for n in order
         if n is not node and n not in behind and n in live and n.op != "get_attr" and behind.intersection(n.users)
+        if not _is_batch_size(n)
     ]
 
     front = fx.Graph()
@@ -273,8 +285,22 @@ def split(network: fx.GraphModule, node: fx.Node) -> tuple[fx.GraphModule, fx.Gr
     for n in order:
         if n in behind or n.op == "get_attr":
             copies[n] = rest.node_copy(n, copies.__getitem__)
+        elif _is_batch_size(n):
+            copies[n] = rest.call_method("size", (copies[node], 0))
     rest.output(copies[result])
     return _pruned(network, front), _pruned(network, rest)
+
+
+def _is_batch_size(node: fx.Node) -> bool:
+    """Whether a node is ``x.size(0)`` or ``x.shape[0]``, which is the same for every tensor of the network."""
+    if node.op == "call_method" and node.target == "size":
+        return node.args[1:] == (0,)
+    if node.op == "call_function" and node.target is operator.getitem and node.args[1] == 0:
+        whole = node.args[0]
+        is_size = isinstance(whole, fx.Node) and whole.op == "call_method" and whole.target == "size"
+        is_shape = isinstance(whole, fx.Node) and whole.target is getattr and whole.args[1:] == ("shape",)
+        return is_size or is_shape
+    return False
 
 
 def _pruned(network: fx.GraphModule, part: fx.Graph) -> fx.GraphModule:

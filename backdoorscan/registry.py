@@ -7,7 +7,7 @@ Plugins are entry points in the group ``backdoorscan``. Each is loaded on its ow
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import metadata
@@ -96,11 +96,10 @@ class Registry:
             self.manager.check_pending()
             for kind in KINDS:
                 hook = getattr(module, f"{hookspecs.PROJECT}_{kind}s", None)
-                found += [
-                    Plugin(kind, self._checked(kind, component), distribution, version, component)
-                    for component in (hook() if hook else ())
-                ]
-        except Exception as error:
+                for component in hook() if hook else ():
+                    identifier = self._checked(kind, component, found)
+                    found.append(Plugin(kind, identifier, distribution, version, component))
+        except (Exception, SystemExit) as error:
             if self.manager.has_plugin(f"{distribution}:{name}"):
                 self.manager.unregister(name=f"{distribution}:{name}")
             reason = f"{type(error).__name__}: {error}"
@@ -108,7 +107,7 @@ class Registry:
         else:
             self.plugins.extend(found)
 
-    def _checked(self, kind: str, component: Any) -> str:
+    def _checked(self, kind: str, component: Any, siblings: Sequence[Plugin]) -> str:
         if not (isinstance(component, type) and issubclass(component, KINDS[kind])):
             raise TypeError(f"{component!r} is not a subclass of {KINDS[kind].__name__}")
         if inspect.isabstract(component):
@@ -117,7 +116,7 @@ class Registry:
         identifier = getattr(component, "id", None)
         if not isinstance(identifier, str) or not identifier:
             raise TypeError(f"{component.__name__} has no id")
-        if any(plugin.kind == kind and plugin.id == identifier for plugin in self.plugins):
+        if any(plugin.kind == kind and plugin.id == identifier for plugin in (*self.plugins, *siblings)):
             raise ValueError(f"another plugin already provides the {kind} '{identifier}'")
         return identifier
 

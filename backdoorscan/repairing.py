@@ -12,7 +12,7 @@ from typing import Any
 
 from backdoorscan.costing import Meter, versions
 from backdoorscan.errors import OutputError, UsageError
-from backdoorscan.evaluating import measure
+from backdoorscan.evaluating import check_images, measure
 from backdoorscan.findings import Finding
 from backdoorscan.formats.goodnet import write_goodnet
 from backdoorscan.formats.images import load_images
@@ -93,8 +93,7 @@ def repair(
         poisoned = load_images(poisoned)
     observer("reading the model", 0.0)
     loaded = load_model(model, images, read, seed=options.seed, registry=registry)
-    if poisoned is not None:
-        poisoned.check_fits(loaded.classifier.num_classes)
+    check_images(images, poisoned, options.target, loaded.classifier.num_classes)
     before = measure(loaded.classifier, images, poisoned, target=options.target)
     context = Context(seed=options.seed, progress=lambda fraction: observer(options.method, fraction))
     candidates = method.repair(loaded.classifier, images, findings, context)

@@ -5,6 +5,7 @@ JSON is the canonical form; every other format is a function of it.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar
@@ -182,15 +183,18 @@ class ScanReport(Report):
         """
         if not isinstance(data, Mapping) or data.get("schema") != cls.schema:
             raise UsageError("This is not a scan report.", hint=f'A report has "schema": "{cls.schema}".')
-        return cls(
-            verdict=Verdict(data["verdict"]),
-            complete=data["complete"],
-            alpha=data["alpha"],
-            seed=data["seed"],
-            versions=data["versions"],
-            cost=Cost(**data["cost"]),
-            runs=[ModelRun.from_json(run) for run in data["runs"]],
-        )
+        try:
+            return cls(
+                verdict=Verdict(data["verdict"]),
+                complete=data["complete"],
+                alpha=data["alpha"],
+                seed=data["seed"],
+                versions=data["versions"],
+                cost=Cost(**data["cost"]),
+                runs=[ModelRun.from_json(run) for run in data["runs"]],
+            )
+        except (KeyError, TypeError, ValueError, zlib.error) as error:
+            raise UsageError("This scan report is damaged.", why=f"{type(error).__name__}: {error}") from error
 
 
 @dataclass(frozen=True)

@@ -136,10 +136,10 @@ def scan_model(
 ) -> ModelRun:
     """Run the planned detectors on one loaded model."""
     classifier = loaded.classifier
-    if options.labels is not None and max(options.labels, default=0) >= classifier.num_classes:
+    unknown = [label for label in options.labels or () if not 0 <= label < classifier.num_classes]
+    if unknown:
         raise UsageError(
-            f"--labels names {max(options.labels)}.",
-            why=f"The model has the classes 0 to {classifier.num_classes - 1}.",
+            f"--labels names {unknown[0]}.", why=f"The model has the classes 0 to {classifier.num_classes - 1}."
         )
     registry.announce("scan_started", artifact=loaded.artifact, detectors=[detector for _, detector in plan])
     deadline = None if options.timeout is None else time.monotonic() + options.timeout
@@ -189,11 +189,11 @@ def _run_detector(
     watched = replace(context, progress=lambda fraction: observer(detector.id, fraction))
     evidence = []
     try:
-        units = detector.units(loaded.classifier, watched)
+        units = local.guarded(detector, "planning", lambda: detector.units(loaded.classifier, watched))
         for unit, found in local.run(detector, units, loaded.classifier, images, watched):
             registry.announce("unit_finished", detector=detector, unit=unit, evidence=found)
             evidence.append(found)
-        judgement = detector.judge(evidence)
+        judgement = local.guarded(detector, "judging", lambda: detector.judge(evidence))
     except MethodError as error:
         return replace(run, error=str(error), seconds=_since(started)), None
     judgement = replace(judgement, findings=[replace(f, detector=detector.id) for f in judgement.findings])

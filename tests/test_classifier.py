@@ -69,8 +69,29 @@ def test_native_shapes(pixels, native, layout, expected):
     assert torch.equal(inputs, expected)
 
 
-def test_images_are_fed_in_channels_last_memory():
-    assert seen(PIXELS, input_shape=(3, 5, 6)).is_contiguous(memory_format=torch.channels_last)
+class Viewing(nn.Module):
+    """Flattens as much training code does: with ``view``, which depends on the order of memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.head = nn.Linear(48, 2)
+
+    def forward(self, x):
+        return self.head(self.conv(x).view(x.size(0), -1))
+
+
+def test_traced_networks_run_in_channels_last_memory_whatever_they_view():
+    module = Viewing()
+    expected = module(PIXELS)
+    classifier = Classifier(fx.symbolic_trace(module), input_shape=(3, 5, 6), num_classes=2)
+    assert classifier.native(PIXELS).is_contiguous(memory_format=torch.channels_last)
+    assert torch.allclose(classifier(PIXELS), expected, atol=1e-6)
+
+
+def test_untraced_networks_keep_their_order_of_memory():
+    assert seen(PIXELS, input_shape=(3, 5, 6)).is_contiguous()
+    assert Classifier(Viewing(), input_shape=(3, 5, 6), num_classes=2)(PIXELS).shape == (4, 2)
 
 
 def test_one_logit_becomes_two():

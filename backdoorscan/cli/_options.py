@@ -60,7 +60,7 @@ Layout: TypeAlias = Annotated[
     str | None, typer.Option(metavar="NCHW|NHWC", help="Axis order of the model's input.", rich_help_panel=FEEDING)
 ]
 Seed: TypeAlias = Annotated[
-    int | None, typer.Option(envvar="BACKDOORSCAN_SEED", help="Same input, same seed, same report. [default: 0]")
+    int | None, typer.Option(min=0, envvar="BACKDOORSCAN_SEED", help="Same input, same seed, same report. [default: 0]")
 ]
 Threads: TypeAlias = Annotated[
     int, typer.Option(min=1, envvar="BACKDOORSCAN_THREADS", help="Threads; more than one only helps large networks.")

@@ -14,6 +14,7 @@ from pathlib import Path
 import onnx
 import onnxruntime
 import torch
+from google.protobuf.message import Message
 from torch import Tensor, nn
 
 from backdoorscan.artifact import Artifact
@@ -121,7 +122,7 @@ class GoodNetFile(nn.Module):
     def __init__(self, artifact: Artifact) -> None:
         super().__init__()
         model = _parse(artifact)
-        if any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in model.graph.initializer):
+        if any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in _tensors(model)):
             raise UnsafeModelError(f"{artifact.path} refers to tensors in other files.", hint="Export it anew.")
         try:
             facts = json.loads(_description(model) or "")
@@ -130,6 +131,9 @@ class GoodNetFile(nn.Module):
             self.native_shape: tuple[int, ...] = tuple(facts["native_shape"])
             self.convention = InputConvention.from_json(facts["convention"])
             self._run = _session(artifact.data)
+            shape = tuple(self(torch.zeros(2, *self.input_shape)).shape)
+            if shape != (2, self.num_classes + 1):
+                raise ValueError(f"it gives scores of shape {shape} for two images")
         except Exception as error:
             raise ArtifactError(
                 f"{artifact.path} is not a usable GoodNet.", why=f"{type(error).__name__}: {error}"
@@ -151,6 +155,17 @@ def _parse(artifact: Artifact) -> onnx.ModelProto:
         return onnx.load_model_from_string(artifact.data)
     except Exception as error:
         raise ArtifactError(f"{artifact.path} is not a readable ONNX file.", why=str(error)) from error
+
+
+def _tensors(message: Message) -> Iterator[onnx.TensorProto]:
+    """All tensors in a message, wherever they hide: initialisers, attributes, subgraphs."""
+    if isinstance(message, onnx.TensorProto):
+        yield message
+        return
+    for field, value in message.ListFields():
+        if field.type == field.TYPE_MESSAGE:
+            for part in value if field.is_repeated else (value,):
+                yield from _tensors(part)
 
 
 def _description(model: onnx.ModelProto) -> str | None:

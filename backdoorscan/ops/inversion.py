@@ -228,7 +228,8 @@ class _State:
         cost = torch.where(rise, torch.where(unset, start, cost * schedule.cost_multiplier), cost)
         cost = torch.where(fall, cost / schedule.cost_multiplier**1.5, cost)
         self.cost[active] = cost
-        self._above[active] = torch.where(rise, 0, above)
+        # The step at which the cost sets in counts towards its first rise.
+        self._above[active] = torch.where(rise, unset.long(), above)
         self._below[active] = torch.where(fall, 0, below)
         self._rose[active] |= rise & ~unset
         self._fell[active] |= fall

@@ -148,7 +148,7 @@ class NeuralCleanse(Detector):
         sizes = np.array([max(row["l1"], 1e-3) for row in found])
         indices = anomaly_index(sizes)
         outliers = small_outliers(
-            np.log(sizes).tolist(), tested=len(rows), level=0.01, most=max(1, len(found) // 5), prior=_PRIOR
+            np.log(sizes).tolist(), tested=len(rows), level=0.01, most=min(max(1, len(found) // 5), 16), prior=_PRIOR
         )
         figures |= {
             "median_l1": float(np.median(sizes)),

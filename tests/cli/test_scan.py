@@ -72,7 +72,7 @@ def test_json_fits_its_schema(scanned: Any, validate: Callable[[Any], None]) -> 
     "spoil",
     [
         lambda report: report.update(verdict="fine"),
-        lambda report: report.update(schema="backdoorscan.report/2"),
+        lambda report: report.update(schema="backdoorscan.repair/1"),
         lambda report: report.update(surprise=1),
         lambda report: report.pop("versions"),
         lambda report: report["cost"].update(gradient_samples=1.5),

@@ -174,10 +174,11 @@ class Wang:
             self.streak_up, self.streak_down = self.streak_up + 1, 0
         else:
             self.streak_up, self.streak_down = 0, self.streak_down + 1
-        if self.streak_up == self.patience:
+        if self.streak_up >= self.patience:
             self.streak_up = 0
             if self.cost == 0:
                 self.cost = init_cost
+                self.streak_up = 1  # the published code counts this step after it has reset the counter
             else:
                 self.cost *= self.up
                 self.went_up = True
@@ -221,7 +222,7 @@ def test_the_cost_is_zero_until_patience():
         state.update(row, success, size)
         costs.append(float(state.cost))
     start = SCHEDULE.init_cost
-    assert costs == pytest.approx([0] * 5 + [start] * 3 + [1.12 * start] * 3 + [1.12 * start / 1.12**1.5])
+    assert costs == pytest.approx([0] * 5 + [start] * 2 + [1.12 * start] * 4 + [1.12 * start / 1.12**1.5])
 
 
 def test_smoothing_is_an_average_that_starts_unbiased():

@@ -170,7 +170,7 @@ def test_hdf5_without_a_model(tmp_path, load):
     with h5py.File(tmp_path / "images.h5", "w") as file:
         file["data"], file["label"] = np.zeros((2, 3)), np.zeros(2)
     error = refused(load, tmp_path / "images.h5", "not a Keras model", ArtifactError)
-    assert "data, label" in error.why and "--images" in error.hint
+    assert "data, label" in error.why and "--valid" in error.hint
 
 
 def with_config(write_keras2, tmp_path, config):
