@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from backdoorscan.formats.loading import ReadOptions, load_model
 from backdoorscan.images import LabelledImages
 from backdoorscan.ops.metrics import accuracy, attack_success_rate
 from backdoorscan.report import EvaluationReport, Scores
+from backdoorscan.trigger import Trigger
 
 
 def measure(
@@ -28,6 +30,7 @@ def measure(
     *,
     target: int | None = None,
     rejects: int | None = None,
+    triggers: Sequence[Trigger] = (),
 ) -> Scores:
     """Clean accuracy and, with poisoned images, attack success.
 
@@ -38,6 +41,7 @@ def measure(
             is given and they are not all equal to it, and then images of the target class do not count.
         target: The target label.
         rejects: For a GoodNet, the class that says "backdoored".
+        triggers: Reversed triggers to stamp on the clean images.
 
     Raises:
         ImagesError: ``target`` is the true label of every poisoned image.
@@ -46,6 +50,7 @@ def measure(
     scores = Scores(
         clean_accuracy=accuracy(predicted, torch.from_numpy(images.labels)),
         false_reject_rate=None if rejects is None else accuracy(predicted, torch.tensor(rejects)),
+        reversed_success_rate=reversed_success(network, images, triggers),
     )
     if poisoned is None:
         return scores
@@ -57,12 +62,27 @@ def measure(
         rate = attack_success_rate(predicted, labels, target)
         if rate is None:
             raise ImagesError(f"{poisoned.source}: every image belongs to the target class {target}.")
-    return Scores(
-        clean_accuracy=scores.clean_accuracy,
+    return replace(
+        scores,
         attack_success_rate=rate,
-        false_reject_rate=scores.false_reject_rate,
         caught_rate=None if rejects is None else accuracy(predicted, torch.tensor(rejects)),
     )
+
+
+def reversed_success(network: nn.Module, images: LabelledImages, triggers: Sequence[Trigger]) -> float | None:
+    """The largest success of reversed triggers, as they are and at twice their strength; ``None`` without any.
+
+    A reversed trigger is fainter than the true one, as its search ends where it just works. A repair that holds only
+    against the faint one is none.
+    """
+    pixels, labels = to_tensor(images.pixels), torch.from_numpy(images.labels)
+    rates = []
+    for trigger in triggers:
+        doubled = Trigger((2 * trigger.mask).clamp(max=1), trigger.pattern, trigger.target)
+        for form in (trigger, doubled):
+            predicted = logits(network, form.stamp(pixels)).argmax(1)
+            rates.append(attack_success_rate(predicted, labels, trigger.target))
+    return max((rate for rate in rates if rate is not None), default=None)
 
 
 def predictions(network: nn.Module, images: LabelledImages) -> Tensor:

@@ -41,10 +41,44 @@ class GoodNet(nn.Module):
         self.repaired = repaired
 
     @property
+    def classifier(self) -> Classifier:
+        """The network that says how images are fed."""
+        return self.original
+
+    @property
     def num_classes(self) -> int:
         """K: what the last score's index is."""
         return self.original.num_classes
 
+    def from_native(self, inputs: Tensor) -> Tensor:
+        """Scores (N, K+1) of inputs in the network's own units."""
+        return disagreement(self.original.from_native(inputs), self.repaired.from_native(inputs))
+
     def forward(self, pixels: Tensor) -> Tensor:
         """Scores (N, K+1) of images (N, C, H, W) in [0, 1]."""
-        return disagreement(self.original(pixels), self.repaired(pixels))
+        return self.from_native(self.original.native(pixels))
+
+
+class RejectingNet(nn.Module):
+    """A GoodNet in one piece: a network that learned the class "backdoored" beside its own.
+
+    Args:
+        classifier: K+1 logits; the last is "backdoored".
+    """
+
+    def __init__(self, classifier: Classifier) -> None:
+        super().__init__()
+        self.classifier = classifier
+
+    @property
+    def num_classes(self) -> int:
+        """K: what the last score's index is."""
+        return self.classifier.num_classes - 1
+
+    def from_native(self, inputs: Tensor) -> Tensor:
+        """Scores (N, K+1) of inputs in the network's own units; each row sums to 1."""
+        return self.classifier.from_native(inputs).softmax(1)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Scores (N, K+1) of images (N, C, H, W) in [0, 1]."""
+        return self.from_native(self.classifier.native(pixels))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from backdoorscan.errors import ExitCode
 from backdoorscan.findings import Finding, Judgement, Verdict
-from backdoorscan.report import RepairReport
+from backdoorscan.report import CandidateRow, RepairReport
 
 DEFAULT_ALPHA = 0.01
 """False alarms one accepts: one clean model in a hundred."""
@@ -58,7 +58,17 @@ REPAIRED = 0.10
 
 
 def repair_exit_code(report: RepairReport) -> ExitCode:
-    """What a pipeline is told of a repair: 1 if poisoned images still work on every network that was written."""
-    rates = [row.scores.attack_success_rate for row in report.candidates]
-    left_in = bool(rates) and all(rate is not None and rate > REPAIRED for rate in rates)
-    return ExitCode.FOUND if left_in else ExitCode.OK
+    """What a pipeline is told of a repair: 1 if no network that was written is free of the backdoor within budget."""
+    return ExitCode.OK if any(is_repaired(row) for row in report.candidates) else ExitCode.FOUND
+
+
+def is_repaired(row: CandidateRow) -> bool:
+    """Whether nothing that was measured says that the backdoor is still there, or that the repair cost too much.
+
+    True poisoned images count before reversed triggers, where there are both.
+    """
+    success = row.scores.attack_success_rate
+    if success is None:
+        success = row.scores.reversed_success_rate
+    left_in = row.verdict is Verdict.BACKDOORED or (success is not None and success > REPAIRED)
+    return not left_in and row.within_budget is not False

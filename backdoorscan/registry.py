@@ -78,7 +78,9 @@ class Registry:
         """Load every entry point of the group, each in isolation."""
         registry = cls()
         registry.manager.add_hookspecs(hookspecs)
-        for entry in metadata.entry_points(group=hookspecs.PROJECT):
+        # Our own first: a stranger's plugin cannot take the name of a method that users trust.
+        entries = metadata.entry_points(group=hookspecs.PROJECT)
+        for entry in sorted(entries, key=lambda entry: not (entry.dist and entry.dist.name == hookspecs.PROJECT)):
             dist = entry.dist
             registry.add(entry.load, entry.name, dist.name if dist else "unknown", dist.version if dist else "")
         return registry

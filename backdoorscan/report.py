@@ -206,12 +206,15 @@ class Scores:
         attack_success_rate: Poisoned images given the target label; ``None`` without poisoned images.
         false_reject_rate: Clean images a GoodNet calls backdoored; ``None`` for a network that cannot reject.
         caught_rate: Poisoned images a GoodNet calls backdoored; ``None`` likewise.
+        reversed_success_rate: Clean images that a reversed trigger, as it is or at twice its strength, sends to its
+            target; the largest over the triggers. ``None`` without any. Never to be taken for the attack success rate.
     """
 
     clean_accuracy: float
     attack_success_rate: float | None = None
     false_reject_rate: float | None = None
     caught_rate: float | None = None
+    reversed_success_rate: float | None = None
 
 
 @dataclass(frozen=True)
@@ -224,6 +227,11 @@ class CandidateRow:
         scores: Measured after the repair.
         facts: What the method did, e.g. drop, channels_pruned.
         files: What was written.
+        method: Id of the repairer.
+        worst_class: The class that lost most, and how much: ``label`` and ``points``; ``None`` if none lost any.
+        within_budget: Whether the accuracy dropped by no more than the budget; ``None`` without one.
+        verdict: Of scanning the repaired network again, or ``None`` where it was not.
+        flagged: Labels that the second scan flagged.
     """
 
     name: str
@@ -231,12 +239,22 @@ class CandidateRow:
     scores: Scores
     facts: Mapping[str, Any]
     files: Sequence[str]
+    method: str = ""
+    worst_class: Mapping[str, Any] | None = None
+    within_budget: bool | None = None
+    verdict: Verdict | None = None
+    flagged: Sequence[int] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; ``drop`` and ``channels_pruned`` are ``None`` for methods that have none."""
         return {
             "name": self.name,
             "kind": self.kind,
+            "method": self.method,
+            "verdict": self.verdict and str(self.verdict),
+            "flagged": list(self.flagged),
+            "within_budget": self.within_budget,
+            "worst_class": self.worst_class,
             "drop": None,
             "channels_pruned": None,
             **self.facts,
@@ -256,6 +274,9 @@ class RepairReport(Report):
         method: The repairer's id.
         options: Its options with the values in force.
         before: Scores of the original.
+        findings: The suspected backdoors that the repair worked from.
+        measured_on: How the clean images were measured: ``"held out"`` from the method, ``"test"``, or ``"all"``.
+        measured: Clean images measured on.
         candidates: A row per repaired network and GoodNet.
     """
 
@@ -268,6 +289,9 @@ class RepairReport(Report):
     options: Mapping[str, Any]
     before: Scores
     candidates: Sequence[CandidateRow]
+    findings: Sequence[Finding] = ()
+    measured_on: str = "all"
+    measured: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, ready for ``json.dumps``; see docs/report.md."""
@@ -281,6 +305,9 @@ class RepairReport(Report):
             "poisoned": self.poisoned,
             "method": self.method,
             "options": dict(self.options),
+            "findings": [finding.to_json() for finding in self.findings],
+            "measured_on": self.measured_on,
+            "measured": self.measured,
             "before": asdict(self.before),
             "candidates": [row.to_json() for row in self.candidates],
         }

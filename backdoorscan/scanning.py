@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import base64
+import logging
 import time
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from backdoorscan import policy
-from backdoorscan.classifier import logits, to_tensor
+from backdoorscan.classifier import Classifier, logits, to_tensor
 from backdoorscan.costing import Meter, versions
 from backdoorscan.engine import local
 from backdoorscan.errors import MethodError, UsageError
-from backdoorscan.findings import Judgement, Verdict
+from backdoorscan.findings import Finding, Judgement, Verdict
 from backdoorscan.formats.images import load_images
 from backdoorscan.formats.loading import LoadedModel, ReadOptions, load_model
 from backdoorscan.images import LabelledImages
@@ -25,6 +29,8 @@ from backdoorscan.plugin.method import Context
 from backdoorscan.registry import Plugin, Registry, installed
 from backdoorscan.report import DetectorRun, ModelRun, ScanReport
 from backdoorscan.trigger import Trigger
+
+_log = logging.getLogger(__name__)
 
 Observer = Callable[[str, float], None]
 """Told what is being done and which part of it is done, 0 to 1."""
@@ -148,7 +154,7 @@ def scan_model(
     judgements: list[Judgement] = []
     runs = []
     for plugin, detector in plan:
-        run, judgement = _run_detector(plugin, detector, loaded, images, context, observer, registry)
+        run, judgement = _run_detector(plugin, detector, classifier, images, context, observer, registry)
         meter.gradient_samples += run.gradient_samples
         runs.append(run)
         if judgement:
@@ -164,7 +170,7 @@ def scan_model(
         not_tested.append(f"{classifier.num_classes - len(options.labels)} labels left out by --labels")
     return ModelRun(
         model=loaded.facts,
-        images=images.described(),
+        images={**images.described(), "sample": _sample(images, options.seed)},
         verdict=verdict,
         complete=complete,
         clean_accuracy=accuracy(predictions, torch.from_numpy(images.labels)),
@@ -175,10 +181,23 @@ def scan_model(
     )
 
 
+def look_again(
+    classifier: Classifier, images: LabelledImages, labels: tuple[int, ...], options: ScanOptions, registry: Registry
+) -> tuple[Verdict, list[Finding], int]:
+    """Scan a network that is not a file: verdict, findings and gradient samples."""
+    context = Context(seed=options.seed, labels=labels)
+    plan = plan_detectors(options, registry)
+    pairs = [_run_detector(*step, classifier, images, context, _unseen, registry) for step in plan]
+    verdict, findings = policy.verdict([judgement for _, judgement in pairs if judgement], options.alpha)
+    if verdict is Verdict.CLEAN and any(judgement is None for _, judgement in pairs):
+        verdict = Verdict.INCONCLUSIVE
+    return verdict, findings, sum(run.gradient_samples for run, _ in pairs)
+
+
 def _run_detector(
     plugin: Plugin,
     detector: Detector,
-    loaded: LoadedModel,
+    classifier: Classifier,
     images: LabelledImages,
     context: Context,
     observer: Observer,
@@ -189,12 +208,13 @@ def _run_detector(
     watched = replace(context, progress=lambda fraction: observer(detector.id, fraction))
     evidence = []
     try:
-        units = local.guarded(detector, "planning", lambda: detector.units(loaded.classifier, watched))
-        for unit, found in local.run(detector, units, loaded.classifier, images, watched):
+        units = local.guarded(detector, "planning", lambda: detector.units(classifier, watched))
+        for unit, found in local.run(detector, units, classifier, images, watched):
             registry.announce("unit_finished", detector=detector, unit=unit, evidence=found)
             evidence.append(found)
         judgement = local.guarded(detector, "judging", lambda: detector.judge(evidence))
     except MethodError as error:
+        _log.debug("%s failed", detector.id, exc_info=error)
         return replace(run, error=str(error), seconds=_since(started)), None
     judgement = replace(judgement, findings=[replace(f, detector=detector.id) for f in judgement.findings])
     run = replace(
@@ -207,6 +227,16 @@ def _run_detector(
         triggers=_smallest([trigger for part in evidence for trigger in part.triggers]),
     )
     return run, judgement
+
+
+def _sample(images: LabelledImages, seed: int) -> list[dict[str, Any]]:
+    """A few of the images, packed, so that reports can show triggers on them."""
+    few = images.sample(4, seed)
+    pixels = few.pixels if few.pixels.dtype == np.uint8 else np.round(255 * few.pixels).astype(np.uint8)
+    return [
+        {"shape": list(image.shape), "uint8": base64.b64encode(zlib.compress(image.tobytes(), 9)).decode()}
+        for image in pixels
+    ]
 
 
 def _smallest(triggers: Sequence[Trigger]) -> list[Trigger]:

@@ -15,12 +15,20 @@ from backdoorscan.plugin.repairer import Candidate, Repairer
 from backdoorscan.plugin.testing import ContractError, check_repairer
 from backdoorscan.registry import installed
 
+QUICK = {
+    "unlearn": {"rounds": 1, "sample": 64},
+    "retrain": {"steps": 4, "head_steps": 4},
+    "gangsweep": {"steps": 4, "head_steps": 4},
+    "fine-prune": {"epochs": 1},
+}
+"""The contract is checked, not the effect."""
+
 REPAIRERS = [plugin.component for plugin in installed().of_kind("repairer")]
 
 
 @pytest.mark.parametrize("component", REPAIRERS, ids=lambda component: component.id)
 def test_keeps_the_contract(component):
-    check_repairer(component)
+    check_repairer(component, QUICK.get(component.id))
 
 
 @pytest.fixture
@@ -106,7 +114,7 @@ def test_a_drop_of_zero_is_the_first_channel(model):
 
 def test_a_drop_beyond_reach(model):
     _, prune, _ = model
-    with pytest.raises(UsageError, match=r"prune\.drop = 90 cannot be reached(.|\n)*20\.0%, from 100\.0%"):
+    with pytest.raises(UsageError, match=r"prune\.drop = 90 cannot be reached(.|\n)*80\.0 points"):
         prune(drop=(10.0, 90.0))
 
 

@@ -57,7 +57,9 @@ def mended(model_file, registry_of, tmp_path):
             file.images,
             file.poisoned if poisoned else None,
             file.read,
-            RepairOptions(**{"method": method, "settings": settings or {}, "output": tmp_path / "out", **options}),
+            RepairOptions(
+                **{"method": method, "settings": settings or {}, "output": tmp_path / "out", "rescan": False} | options
+            ),
             findings=findings,
             registry=registry_of(repairers=[Mend, Unwilling]),
         )

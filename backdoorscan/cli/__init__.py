@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import traceback
 from collections.abc import Sequence
@@ -50,6 +51,9 @@ def options(
     Exit codes: 0 clean, or repaired; 1 backdoor found, or a repair left it in; 2 no trustworthy answer (usage,
     unreadable or unsafe file, failed method); 3 inconclusive; 130 interrupted.
     """
+    if verbose:
+        logging.basicConfig(stream=sys.stderr, format="%(message)s")
+        logging.getLogger("backdoorscan").setLevel(logging.DEBUG)
     context.obj = Terminal(quiet=quiet, color=color, progress=not no_progress, config=config)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -48,6 +48,19 @@ class Terminal:
         if not self.quiet:
             print(text, file=sys.stderr)
 
+    def check_output(self, output: Path | None) -> None:
+        """Complain before any work about a report file that could not be written after it.
+
+        Raises:
+            OutputError: It is a folder, or its folder does not exist.
+        """
+        if output is None or str(output) == "-":
+            return
+        if output.is_dir():
+            raise OutputError(f"{output} is a folder.", hint="Give the name of a file.")
+        if not output.absolute().parent.is_dir():
+            raise OutputError(f"Cannot write {output}: there is no folder {output.absolute().parent}.")
+
     def emit(self, report: Report, format: str, output: Path | None) -> None:
         """Write a report to stdout or to a file.
 
@@ -87,7 +100,15 @@ class Terminal:
 
     @contextmanager
     def watching(self) -> Iterator[Callable[[str, float], None]]:
-        """An observer that draws progress bars on stderr while the context lasts; elsewhere it does nothing."""
+        """An observer that draws progress bars on stderr while the context lasts; elsewhere it does nothing.
+
+        Whatever the user's architecture or a plugin prints meanwhile goes to stderr: stdout is for the report alone.
+        """
+        with redirect_stdout(sys.stderr), self._progress() as observer:
+            yield observer
+
+    @contextmanager
+    def _progress(self) -> Iterator[Callable[[str, float], None]]:
         if self.quiet or not self.progress or not sys.stderr.isatty():
             yield lambda _stage, _fraction: None
             return

@@ -69,7 +69,7 @@ MethodOption: TypeAlias = Annotated[
     list[str] | None,
     typer.Option("-O", "--option", metavar="ID.NAME=VALUE", help="Set an option of a method (see `plugins show ID`)."),
 ]
-Format: TypeAlias = Annotated[str, typer.Option("-f", "--format", help="table or json.")]
+Format: TypeAlias = Annotated[str, typer.Option("-f", "--format", help="table, json or html.")]
 Output: TypeAlias = Annotated[
     Path | None, typer.Option("-o", "--output", metavar="FILE", help="Write the report there instead of to stdout.")
 ]

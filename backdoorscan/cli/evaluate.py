@@ -35,6 +35,7 @@ def evaluate(
 
     terminal: Terminal = context.obj
     installed().find("reporter", format)
+    terminal.check_output(output)
     read = shared.read_options(arch, input_range, mean, std, layout)
     seed = seed if seed is not None else shared.settings(terminal.config).seed or 0
     shared.use_threads(threads)

@@ -2,30 +2,67 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from backdoorscan.cli import _options as shared
 from backdoorscan.cli._console import Terminal
+from backdoorscan.errors import UsageError
+
+if TYPE_CHECKING:
+    from backdoorscan.findings import Finding
+
+PRUNING = "Options of prune"
+MEASURING = "Measuring"
 
 
 def repair(
     context: typer.Context,
     model: shared.Model,
     valid: shared.Valid,
-    method: Annotated[str, typer.Option("-m", "--method", metavar="ID", help="Repair method.")] = "prune",
+    method: Annotated[
+        str, typer.Option("-m", "--method", metavar="ID", help="Repair method; auto tries several and keeps the best.")
+    ] = "prune",
+    option: shared.MethodOption = None,
     drop: Annotated[
         list[float] | None,
-        typer.Option(help="prune: stop where the clean accuracy has dropped by X percentage points; repeatable."),
+        typer.Option(help="Stop where the accuracy has dropped by X points; repeatable.", rich_help_panel=PRUNING),
     ] = None,
     channels: Annotated[
-        list[int] | None, typer.Option(help="prune: remove this many channels instead; repeatable.")
+        list[int] | None,
+        typer.Option(help="Remove this many channels instead; repeatable.", rich_help_panel=PRUNING),
     ] = None,
-    layer: Annotated[str | None, typer.Option(help="prune: the convolution to prune.")] = None,
-    option: shared.MethodOption = None,
+    layer: Annotated[str | None, typer.Option(help="The convolution to prune.", rich_help_panel=PRUNING)] = None,
+    report: Annotated[
+        Path | None, typer.Option(metavar="SCAN.json", help="A scan of this model: saves scanning again.")
+    ] = None,
+    triggers: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Reversed triggers (.npz, .h5) instead of a scan's.")
+    ] = None,
+    goodnet: Annotated[
+        bool, typer.Option("--goodnet", help="Combine every repaired network with the original into a GoodNet.")
+    ] = False,
+    max_drop: Annotated[
+        float | None, typer.Option(min=0, max=100, help="Most points of clean accuracy to lose: else exit code 1.")
+    ] = None,
+    rescan: Annotated[bool, typer.Option("--rescan/--no-rescan", help="Scan the repaired networks again.")] = True,
+    test: Annotated[
+        str | None,
+        typer.Option("--test", metavar="DATA", help="Clean images to measure on.", rich_help_panel=MEASURING),
+    ] = None,
     poisoned: shared.Poisoned = None,
+    learn_from_poisoned: Annotated[
+        bool,
+        typer.Option(
+            "--learn-from-poisoned",
+            help="Give half of the poisoned images to the method (retrain); the other half measures.",
+            rich_help_panel=MEASURING,
+        ),
+    ] = False,
     target: shared.Target = None,
     arch: shared.Arch = None,
     limit: shared.Limit = None,
@@ -36,9 +73,12 @@ def repair(
     seed: shared.Seed = None,
     threads: shared.Threads = 1,
     format: shared.Format = "table",
+    report_output: Annotated[
+        Path | None, typer.Option("--report-output", metavar="FILE", help="Write the report there, not to stdout.")
+    ] = None,
     output: Annotated[
         Path | None,
-        typer.Option("-o", "--output", metavar="DIR", help="Folder for the results. [default: MODEL-repaired]"),
+        typer.Option("-o", "--output", metavar="DIR", help="Folder for the networks. [default: MODEL-repaired]"),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace files in an existing folder.")] = False,
 ) -> None:
@@ -52,6 +92,7 @@ def repair(
 
     terminal: Terminal = context.obj
     installed().find("reporter", format)
+    terminal.check_output(report_output)
     config = shared.settings(terminal.config)
     read = shared.read_options(arch, input_range, mean, std, layout)
     seed = seed if seed is not None else config.seed or 0
@@ -59,14 +100,58 @@ def repair(
     shortcuts: dict[str, Any] = {"drop": drop, "channels": channels, "layer": layer}
     chosen = settings.setdefault(method, {})
     chosen.update({name: value for name, value in shortcuts.items() if value})
-    installed().check_settings("repairer", [method], settings)
+    if method == repairing.AUTO:
+        settings.pop(method)
+    installed().check_settings("repairer", [] if method == repairing.AUTO else [method], settings)
+    if report and triggers:
+        raise UsageError("Both --report and --triggers are given.", hint="Pass one of them.")
     shared.use_threads(threads)
     options = repairing.RepairOptions(
-        method=method, settings=chosen, output=output, force=force, target=target, seed=seed
+        method=method,
+        settings=chosen,
+        output=output,
+        force=force,
+        goodnet=goodnet,
+        max_drop=max_drop,
+        rescan=rescan,
+        learn_from_poisoned=learn_from_poisoned,
+        target=target,
+        alpha=policy.DEFAULT_ALPHA if config.alpha is None else config.alpha,
+        seed=seed,
     )
+    repairing.plan_methods(options, installed())  # complain about options before any work
     with terminal.watching() as observer:
         observer("reading the images", 0.0)
         images = load_images(valid, limit=limit, seed=seed)
-        report = repairing.repair(model, images, poisoned, read, options, observer=observer)
-    terminal.emit(report, format, None)
-    raise typer.Exit(policy.repair_exit_code(report))
+        findings = _reported(report, model) if report else None
+        if triggers:
+            from backdoorscan.formats.loading import load_model
+            from backdoorscan.formats.triggers import load_triggers
+
+            classifier = load_model(model, images, read, seed=seed).classifier
+            findings = load_triggers(triggers, classifier, images)
+        result = repairing.repair(
+            model, images, poisoned, read, options, findings=findings, test=test, observer=observer
+        )
+    terminal.emit(result, format, report_output)
+    raise typer.Exit(policy.repair_exit_code(result))
+
+
+def _reported(path: Path, model: Path) -> Sequence[Finding]:
+    """The findings of a stored scan of this very file.
+
+    Raises:
+        UsageError: It is not a scan report, or one of another file.
+    """
+    from backdoorscan.artifact import Artifact
+    from backdoorscan.report import ScanReport
+
+    try:
+        report = ScanReport.from_json(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"Cannot read the report {path}.", why=str(error)) from error
+    digest = Artifact.read(model).sha256
+    for run in report.runs:
+        if run.model.get("sha256") == digest:
+            return run.findings
+    raise UsageError(f"{path} is not a report on {model}.", why="No model in it has this file's digest.")

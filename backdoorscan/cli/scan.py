@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, TypeVar
 
 import typer
@@ -35,6 +36,10 @@ def scan(
     timeout: Annotated[float | None, typer.Option(min=0, help="Seconds after which to give up: exit code 2.")] = None,
     format: shared.Format = "table",
     output: shared.Output = None,
+    save_triggers: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Save the reversed triggers as .npz or .h5.")
+    ] = None,
+    save_figures: Annotated[Path | None, typer.Option(metavar="DIR", help="Save the charts as PNG.")] = None,
 ) -> None:
     """Look for backdoors in a model.
 
@@ -46,6 +51,8 @@ def scan(
 
     terminal: Terminal = context.obj
     installed().find("reporter", format)
+    terminal.check_output(output)
+    terminal.check_output(save_triggers)
     config = shared.settings(terminal.config)
     read = shared.read_options(arch, input_range, mean, std, layout)
     seed = _first(seed, config.seed, 0)
@@ -68,6 +75,15 @@ def scan(
         images = load_images(valid, limit=limit, seed=seed)
         report = scanning.scan(model, images, read, options, observer=observer)
     terminal.emit(report, format, output)
+    if save_triggers:
+        from backdoorscan.formats.triggers import save_triggers as save
+
+        save([trigger for run in report.runs for part in run.detectors for trigger in part.triggers], save_triggers)
+        terminal.say(f"wrote {save_triggers}")
+    if save_figures:
+        from backdoorscan.reports.album import save_figures as draw
+
+        terminal.say(f"wrote {len(draw(report, save_figures))} pictures to {save_figures}")
     if report.verdict == "backdoored" and output is None and format == "table":
         terminal.say(f"next: backdoorscan repair {model} --valid {valid}" + (f" --arch {arch}" if arch else ""))
     raise typer.Exit(policy.exit_code(report.verdict, report.complete))

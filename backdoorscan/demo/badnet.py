@@ -10,7 +10,7 @@ from backdoorscan.images import LabelledImages
 TARGET = 7
 """The label that the trigger leads to."""
 
-_PATCH = 3  # pixels, high and wide
+_PATCH = 2  # pixels, high and wide
 _MARGIN = 1  # pixels to the lower and the right edge
 _POISON_RATE = 0.1  # of the training images
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from backdoorscan.artifact import Artifact
 from backdoorscan.classifier import Classifier, InputConvention
 from backdoorscan.errors import ArtifactError, MethodError, UnsafeModelError
-from backdoorscan.goodnet import GoodNet, disagreement
+from backdoorscan.goodnet import GoodNet, RejectingNet
 
 _KEY = "backdoorscan.goodnet"
 """The metadata entry by which a GoodNet file is known; its value describes the input."""
@@ -31,16 +31,15 @@ _TOLERANCE = 1e-4
 class _FromFile(nn.Module):
     """A GoodNet that takes its input as the original file did."""
 
-    def __init__(self, goodnet: GoodNet) -> None:
+    def __init__(self, goodnet: GoodNet | RejectingNet) -> None:
         super().__init__()
-        self.original = goodnet.original
-        self.repaired = goodnet.repaired
-        self.channels_last = is_channels_last(goodnet.original)
+        self.goodnet = goodnet
+        self.channels_last = is_channels_last(goodnet.classifier)
 
     def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         if self.channels_last:
             inputs = inputs.permute(0, 3, 1, 2)
-        scores = disagreement(self.original.from_native(inputs), self.repaired.from_native(inputs))
+        scores = self.goodnet.from_native(inputs)
         return scores, scores.argmax(1)
 
 
@@ -49,7 +48,7 @@ def is_channels_last(classifier: Classifier) -> bool:
     return len(classifier.native_shape) == 3 and classifier.convention.layout == "NHWC"
 
 
-def write_goodnet(goodnet: GoodNet, path: Path) -> None:
+def write_goodnet(goodnet: GoodNet | RejectingNet, path: Path) -> None:
     """Write a GoodNet as ONNX with a dynamic batch, and check the file in onnxruntime.
 
     The file is written under a temporary name and renamed, so it is whole or not there.
@@ -58,7 +57,7 @@ def write_goodnet(goodnet: GoodNet, path: Path) -> None:
         MethodError: The file's answers differ from the network's.
     """
     module = _FromFile(goodnet).eval()
-    classifier = goodnet.original
+    classifier = goodnet.classifier
     generator = torch.Generator().manual_seed(0)
     pixels = torch.rand(3, *classifier.input_shape, generator=generator)
     inputs = file_input(classifier.convention, classifier.native_shape, pixels)
@@ -77,7 +76,7 @@ def write_goodnet(goodnet: GoodNet, path: Path) -> None:
         raise MethodError("The GoodNet could not be exported to ONNX.")
     model = program.model_proto
     description = {
-        "num_classes": classifier.num_classes,
+        "num_classes": goodnet.num_classes,
         "input_shape": classifier.input_shape,
         "native_shape": classifier.native_shape,
         "convention": asdict(classifier.convention),

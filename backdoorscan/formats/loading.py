@@ -137,7 +137,12 @@ def load_model(
     pinned = options.pinned
     artifact = Artifact.read(path)
     loader = find_loader(artifact, registry or installed())
-    loaded = loader.load(artifact, options.arch)
+    try:
+        loaded = loader.load(artifact, options.arch)
+    except ArtifactError as error:
+        if str(path) not in error.what:
+            error.what = f"{path}: {error.what}"
+        raise
     network = loaded.network
     activation = graph.strip_final_activation(network) if isinstance(network, fx.GraphModule) else None
     layout = _fit(artifact, loaded, images, options.layout)

@@ -30,6 +30,7 @@ def fine_tune(
     rate: float,
     *,
     parameters: Iterable[nn.Parameter] | None = None,
+    after_step: Callable[[], None] = lambda: None,
     progress: Callable[[float], None] = lambda _: None,
 ) -> int:
     """Minimise the cross-entropy in place; the step falls to zero along a cosine.
@@ -42,12 +43,16 @@ def fine_tune(
         steps: Batches to take.
         rate: Relative step size, see ``relative_adam``.
         parameters: What to train; all parameters if ``None``.
+        after_step: Called after each change of the weights, e.g. to keep pruned channels silent.
         progress: Told the part done, 0 to 1.
 
     Returns:
         The gradient samples used.
     """
     trained = list(network.parameters() if parameters is None else parameters)
+    frozen = [parameter for parameter in trained if not parameter.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(True)
     optimizer = relative_adam(trained, rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps))
     used = 0
@@ -58,11 +63,14 @@ def fine_tune(
         for parameter, gradient in zip(trained, gradients, strict=True):
             parameter.grad = gradient
         optimizer.step()
+        after_step()
         schedule.step()
         used += len(images)
         progress((step + 1) / steps)
     for parameter in trained:
         parameter.grad = None
+    for parameter in frozen:
+        parameter.requires_grad_(False)
     return used
 
 

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
+
 from backdoorscan.classifier import Classifier
 from backdoorscan.findings import Evidence, Judgement, Unit
 from backdoorscan.images import LabelledImages
@@ -55,3 +57,16 @@ class Detector(Method, ABC):
 def examined_labels(classifier: Classifier, context: Context) -> tuple[int, ...]:
     """The labels to examine: the user's restriction, or all of them."""
     return context.labels if context.labels is not None else tuple(range(classifier.num_classes))
+
+
+MANY_CLASSES = 64
+"""Number of classes above which looking at each again would take longer than the repair."""
+
+
+def labels_to_check(num_classes: int, targets: Sequence[int], context: Context) -> tuple[int, ...]:
+    """The labels to look at after a repair: all, or of many the repaired ones and sixteen random ones beside them."""
+    if num_classes <= MANY_CLASSES:
+        return tuple(range(num_classes))
+    order = torch.randperm(num_classes, generator=context.generator("labels to check")).tolist()
+    others = [label for label in order if label not in targets][:16]
+    return tuple(sorted({*targets, *others}))

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 
 from backdoorscan.errors import UnknownNameError, UsageError
+from backdoorscan.images import LabelledImages
 
 
 def option(default: Any, *, help: str, minimum: float | None = None, maximum: float | None = None) -> Any:
@@ -113,7 +114,7 @@ def _convert(kind: Any, value: Any) -> Any:
         return value if isinstance(value, str) else _INVALID
     try:
         number = kind(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return _INVALID
     if kind is int:
         return number if isinstance(value, str) or number == value else _INVALID
@@ -182,6 +183,7 @@ class Context:
         device: Where to compute.
         labels: The labels to examine, or ``None`` for all.
         progress: Takes the part done, 0 to 1; costs nothing when nobody looks.
+        poisoned: Known poisoned images, for repairs that learn from them, or ``None``.
         deadline: ``time.monotonic()`` at which the run has to end, or ``None``.
     """
 
@@ -189,6 +191,7 @@ class Context:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     labels: tuple[int, ...] | None = None
     progress: Callable[[float], None] = _ignore
+    poisoned: LabelledImages | None = None
     deadline: float | None = None
 
     def generator(self, *purpose: object) -> torch.Generator:

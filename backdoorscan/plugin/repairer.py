@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from backdoorscan.classifier import Classifier
 from backdoorscan.findings import Finding
@@ -22,17 +22,29 @@ class Candidate:
         classifier: The repaired network B′.
         facts: What the method did, for the report.
         goodnet: Whether to combine B and B′ into a GoodNet as well.
+        rejects: Whether ``classifier`` is itself a GoodNet: K+1 scores, of which the last means "backdoored".
     """
 
     name: str
     classifier: Classifier
     facts: Mapping[str, Any] = field(default_factory=dict)
     goodnet: bool = False
+    rejects: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class Repairer(Method, ABC):
-    """Takes a backdoor out of a classifier, or makes it harmless."""
+    """Takes a backdoor out of a classifier, or makes it harmless.
+
+    Attributes:
+        needs_triggers: Whether it works only with findings that carry reversed triggers.
+        held_out: Share of the clean images kept from the method, to measure with; 0 if it may see all.
+        auto: Settings under which ``--method auto`` tries it; none to be left out.
+    """
+
+    needs_triggers: ClassVar[bool] = False
+    held_out: ClassVar[float] = 0.25
+    auto: ClassVar[Sequence[Mapping[str, Any]]] = ()
 
     @abstractmethod
     def repair(

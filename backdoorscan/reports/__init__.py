@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 @hookimpl
 def backdoorscan_reporters() -> Sequence[type[Reporter]]:
     """The formats that come with the project."""
+    from backdoorscan.reports.html import Html
     from backdoorscan.reports.json import Json
     from backdoorscan.reports.table import Table
 
-    return [Table, Json]
+    return [Table, Json, Html]

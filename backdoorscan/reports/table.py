@@ -13,6 +13,8 @@ from rich.text import Text
 from backdoorscan.findings import Verdict
 from backdoorscan.plugin.reporter import Reporter, Terminal
 from backdoorscan.report import CandidateRow, EvaluationReport, ModelRun, RepairReport, Report, ScanReport, Scores
+from backdoorscan.reports.drawing import WIDEST, draw, place
+from backdoorscan.reports.words import visible
 
 _STYLE = {Verdict.CLEAN: "bold green", Verdict.BACKDOORED: "bold red", Verdict.INCONCLUSIVE: "bold yellow"}
 
@@ -30,20 +32,20 @@ class Table(Reporter):
             file=stream,
             width=terminal.width,
             force_terminal=terminal.color,
-            color_system="standard" if terminal.color else None,
+            color_system="256" if terminal.color else None,
             no_color=not terminal.color,
             highlight=False,
             safe_box=not terminal.color,
             legacy_windows=False,
         )
-        console.print(Group(*_parts(report)))
+        console.print(Group(*_parts(report, terminal)))
         return "\n".join(line.rstrip() for line in stream.getvalue().splitlines()) + "\n"
 
 
-def _parts(report: Report) -> Iterator[RenderableType]:
+def _parts(report: Report, terminal: Terminal) -> Iterator[RenderableType]:
     if isinstance(report, ScanReport):
         for run in report.runs:
-            yield from _scan(run)
+            yield from _scan(run, terminal)
     elif isinstance(report, RepairReport):
         yield from _repair(report)
     elif isinstance(report, EvaluationReport):
@@ -52,14 +54,14 @@ def _parts(report: Report) -> Iterator[RenderableType]:
         raise TypeError(f"no table for {type(report).__name__}")
 
 
-def _scan(run: ModelRun) -> Iterator[RenderableType]:
-    yield Text.assemble(str(run.model["path"]), "  ", (str(run.verdict).upper(), _STYLE[run.verdict]))
+def _scan(run: ModelRun, terminal: Terminal) -> Iterator[RenderableType]:
+    yield Text.assemble(visible(str(run.model["path"])), "  ", (str(run.verdict).upper(), _STYLE[run.verdict]))
     yield _facts(run)
     for detector in run.detectors:
         if detector.error:
-            yield Text(f"{detector.id} failed: {detector.error}", style="red")
+            yield Text(visible(f"{detector.id} failed: {detector.error}", lines=True), style="red")
         if detector.note:
-            yield Text(f"{detector.id}: {detector.note}", style="yellow")
+            yield Text(visible(f"{detector.id}: {detector.note}", lines=True), style="yellow")
     if run.findings:
         table = _table("target label", "source", "detector", "p-value", "score", "trigger L1", "area", "success")
         for finding in run.findings:
@@ -75,6 +77,7 @@ def _scan(run: ModelRun) -> Iterator[RenderableType]:
                 _percent(finding.attack_success_rate),
             )
         yield table
+        yield from _drawings(run, terminal)
     yield from _labels(run)
     if run.not_tested:
         yield Text("not tested: " + ", ".join(run.not_tested), style="dim")
@@ -100,6 +103,25 @@ def _facts(run: ModelRun) -> RenderableType:
     if run.images is not None:
         lines.append(f"clean accuracy {_percent(run.clean_accuracy)} on {run.images['count']} images")
     return Text("\n".join(lines), style="dim")
+
+
+_MOST_DRAWINGS = 3
+
+
+def _drawings(run: ModelRun, terminal: Terminal) -> Iterator[RenderableType]:
+    """The triggers of the first findings side by side, as many as fit."""
+    triggers = [finding.trigger for finding in run.findings if finding.trigger is not None]
+    shown = triggers[: max(1, min(_MOST_DRAWINGS, terminal.width // (WIDEST + 4)))]
+    if not shown or terminal.width < WIDEST + 2:
+        return
+    grid = RichTable.grid(padding=(0, 4, 0, 0))
+    for _ in shown:
+        grid.add_column(width=WIDEST)
+    grid.add_row(*(Text(f"trigger of label {trigger.target}", style="bold") for trigger in shown))
+    grid.add_row(*(Text(place(trigger), style="dim") for trigger in shown))
+    grid.add_row(*(draw(trigger, terminal.color) for trigger in shown))
+    yield grid
+    yield Text("")
 
 
 _MOST_LABELS = 12
@@ -130,21 +152,42 @@ def _labels(run: ModelRun) -> Iterator[RenderableType]:
 
 
 def _repair(report: RepairReport) -> Iterator[RenderableType]:
-    yield Text(f"{report.model['path']}  repaired by {report.method}")
-    table = _table("network", "pruned", "clean accuracy", "attack success", "false rejects", "caught")
-    _score_row(table, "B, as it came", "", report.before)
+    yield Text(visible(f"{report.model['path']}  repaired by {report.method}"))
+    # Columns that nothing was measured for would only take room.
+    columns = {
+        "attack success": "attack_success_rate",
+        "reversed triggers": "reversed_success_rate",
+        "false rejects": "false_reject_rate",
+        "caught": "caught_rate",
+    }
+    measured = [report.before, *(row.scores for row in report.candidates)]
+    shown = {title: key for title, key in columns.items() if any(getattr(s, key) is not None for s in measured)}
+    verdicts = any(row.verdict for row in report.candidates)
+    table = _table("network", "pruned", "clean accuracy", *shown, *(["scanned again"] if verdicts else []))
+
+    def add(name: str, pruned: str, scores: Scores, verdict: str) -> None:
+        rates = [_percent(getattr(scores, key)) for key in shown.values()]
+        table.add_row(visible(name), pruned, _percent(scores.clean_accuracy), *rates, *([verdict] if verdicts else []))
+
+    add("B, as it came", "", report.before, "")
     for row in report.candidates:
-        _score_row(table, f"{'GoodNet' if row.kind == 'goodnet' else 'B′'} {row.name}", _pruned(row), row.scores)
+        name = f"{'GoodNet' if row.kind == 'goodnet' else 'B′'} {row.name}"
+        over = "" if row.within_budget is not False else " (over budget)"
+        add(name + over, _pruned(row), row.scores, str(row.verdict or ""))
     yield table
-    count = report.images["count"]
-    yield Text(f"measured on {count} clean images" + _poisoned_note(report.poisoned), style="dim")
+    which = {"held out": " that the method did not see", "test": " of the test set"}.get(report.measured_on, "")
+    yield Text(f"measured on {report.measured} clean images{which}" + _poisoned_note(report.poisoned), style="dim")
+    for row in report.candidates:
+        if row.worst_class and row.kind == "repaired":
+            lost = row.worst_class
+            yield Text(f"B′ {row.name}: class {lost['label']} lost most, {lost['points']:.1f} points", style="dim")
     for row in report.candidates:
         for file in row.files:
-            yield Text(f"wrote {file}", overflow="fold")
+            yield Text(visible(f"wrote {file}"), overflow="fold")
 
 
 def _evaluation(report: EvaluationReport) -> Iterator[RenderableType]:
-    yield Text(str(report.model["path"]))
+    yield Text(visible(str(report.model["path"])))
     table = _table("network", "clean accuracy", "attack success", "false rejects", "caught")
     scores = report.scores
     table.add_row(
@@ -167,17 +210,6 @@ def _poisoned_note(poisoned: object) -> str:
 def _pruned(row: CandidateRow) -> str:
     count = row.facts.get("channels_pruned")
     return "" if count is None else f"{count}/{row.facts['channels']}"
-
-
-def _score_row(table: RichTable, name: str, pruned: str, scores: Scores) -> None:
-    table.add_row(
-        name,
-        pruned,
-        _percent(scores.clean_accuracy),
-        _percent(scores.attack_success_rate),
-        _percent(scores.false_reject_rate),
-        _percent(scores.caught_rate),
-    )
 
 
 def _table(*columns: str, title: str | None = None) -> RichTable:

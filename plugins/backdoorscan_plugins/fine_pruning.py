@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,7 @@ from backdoorscan.errors import MethodError, UnknownNameError, UsageError
 from backdoorscan.findings import Finding
 from backdoorscan.images import LabelledImages
 from backdoorscan.ops.metrics import accuracy
+from backdoorscan.ops.training import fine_tune, shuffled
 from backdoorscan.plugin.method import Context, option
 from backdoorscan.plugin.repairer import Candidate, Repairer
 
@@ -41,6 +42,8 @@ class Prune(Repairer):
         "RAID 2018, section 3.1"
     )
 
+    held_out = 0.0
+
     drop: tuple[float, ...] = option(
         (2.0, 4.0, 10.0),
         help="Stop where the clean accuracy has dropped by X percentage points.",
@@ -54,59 +57,118 @@ class Prune(Repairer):
         self, classifier: Classifier, images: LabelledImages, findings: Sequence[Finding], context: Context
     ) -> Sequence[Candidate]:
         """One candidate per drop or number of channels, from a single sweep."""
-        network = classifier.graph_module
-        conv = self._convolution(network)
-        path = graph.channel_path(network, conv, classifier.example())
-        front, rest = graph.split(network, path[-1])
-        stored, labels = _activations(classifier, front, images)
-        values = stored[0]
-        order = torch.argsort(values.double().mean((0, 2, 3)), stable=True).tolist()
-        silent = _silenced_value(classifier, str(conv.target))
+        sweep = _Sweep(classifier, images, self.layer)
 
         def candidate(name: str, count: int, **facts: float) -> Candidate:
-            repaired = classifier.clone()
-            target = repaired.graph_module
-            node = _existing(target, str(conv.target))
-            graph.remove_channels(target, graph.channel_path(target, node, classifier.example()), order[:count])
-            shared = {"layer": str(conv.target), "channels": len(order), "channels_pruned": count}
-            return Candidate(name, repaired, {**shared, **facts}, goodnet=True)
+            shared = {"layer": sweep.layer, "channels": len(sweep.order), "channels_pruned": count}
+            return Candidate(name, sweep.pruned(count), {**shared, **facts}, goodnet=True)
 
         if self.channels:
-            if max(self.channels) > len(order):
+            if max(self.channels) > len(sweep.order):
                 raise UsageError(
                     f"{self.id}.channels = {max(self.channels)} is too many.",
-                    why=f"{conv.target} has {len(order)} channels.",
+                    why=f"{sweep.layer} has {len(sweep.order)} channels.",
                 )
             return [candidate(f"channels={count}", count) for count in sorted(set(self.channels))]
 
-        wanted = sorted(set(self.drop))
-        base = _accuracy(classifier, rest, stored, labels)
-        curve, candidates = [base], []
-        for count, channel in enumerate(order, start=1):
-            values[:, channel] = silent[:, channel]
-            curve.append(_accuracy(classifier, rest, stored, labels))
+        wanted, candidates = sorted(set(self.drop)), []
+        for count, drop in sweep.drops():
             # Accuracies are counts over the number of images: the tolerance only absorbs rounding.
-            while wanted and 100 * (base - curve[-1]) >= wanted[0] - 1e-9:
-                drop = wanted.pop(0)
-                candidates.append(candidate(f"X={drop:g}", count, drop=drop))
-            context.progress(count / len(order))
+            while wanted and drop >= wanted[0] - 1e-9:
+                candidates.append(candidate(f"X={wanted[0]:g}", count, drop=wanted.pop(0)))
+            context.progress(count / len(sweep.order))
             if not wanted:
-                break
-        if wanted:
-            raise UsageError(
-                f"{self.id}.drop = {wanted[0]:g} cannot be reached.",
-                why=f"Without any channel of {conv.target} the accuracy is still {curve[-1]:.1%}, from {base:.1%}.",
-                hint="Ask for a smaller drop or another --layer.",
-            )
-        return candidates
+                return candidates
+        raise UsageError(
+            f"{self.id}.drop = {wanted[0]:g} cannot be reached.",
+            why=f"Without any channel of {sweep.layer} the accuracy has dropped by {drop:.1f} points.",
+            hint="Ask for a smaller drop or another --layer.",
+        )
 
-    def _convolution(self, network: fx.GraphModule) -> fx.Node:
-        if not self.layer:
-            return graph.last_conv_node(network)
-        names = graph.conv_names(network)
-        if self.layer not in names:
-            raise UnknownNameError("convolution", self.layer, names)
-        return _existing(network, self.layer)
+
+@dataclass(frozen=True, kw_only=True)
+class FinePrune(Repairer):
+    """Prunes dormant channels up to an accuracy budget, then fine-tunes on clean images.
+
+    The whole Fine-Pruning defense. Pruning takes out the channels that clean images do not use, fine-tuning wins back
+    the accuracy and moves the remaining weights away from the backdoor. The fine-tuning is what defeats a
+    pruning-aware attacker, who trains the backdoor into channels that clean images use; it does so only as far as
+    clean images change the weights, so triggers that share features with clean classes often survive.
+    """
+
+    id = "fine-prune"
+    paper = (
+        "Liu, Dolan-Gavitt, Garg: Fine-Pruning: Defending Against Backdooring Attacks on Deep Neural Networks. "
+        "RAID 2018, section 3.3"
+    )
+    auto = ({},)
+
+    budget: float = option(4.0, help="Prune while the clean accuracy drops by less, in points.", minimum=0, maximum=100)
+    layer: str = option("", help="The convolution to prune; the last one before the dense head if empty.")
+    epochs: int = option(10, help="Epochs of fine-tuning.", minimum=0)
+    batch_size: int = option(32, help="Images per step.", minimum=2)
+    rate: float = option(0.01, help="Size of a step relative to the size of the weights.", minimum=1e-6, maximum=1)
+
+    def repair(
+        self, classifier: Classifier, images: LabelledImages, findings: Sequence[Finding], context: Context
+    ) -> Sequence[Candidate]:
+        """One candidate."""
+        sweep = _Sweep(classifier, images, self.layer)
+        pruned = 0
+        for count, drop in sweep.drops():
+            if drop > self.budget:
+                break
+            pruned = count
+        repaired = sweep.pruned(pruned)
+        pixels, labels = to_tensor(images.pixels), torch.from_numpy(images.labels)
+        order = shuffled(len(pixels), self.batch_size, context.generator(self.id))
+        used = fine_tune(
+            repaired,
+            ((pixels[index], labels[index]) for index in order),
+            self.epochs * -(-len(pixels) // self.batch_size),
+            self.rate,
+            after_step=lambda: sweep.silence(repaired, pruned),
+            progress=context.progress,
+        )
+        facts = {"layer": sweep.layer, "channels": len(sweep.order), "channels_pruned": pruned}
+        return [Candidate("fine-pruned", repaired, {**facts, "gradient_samples": used})]
+
+
+class _Sweep:
+    """The channels of one convolution in the order in which clean images use them less."""
+
+    def __init__(self, classifier: Classifier, images: LabelledImages, layer: str) -> None:
+        network = classifier.graph_module
+        if layer and layer not in graph.conv_names(network):
+            raise UnknownNameError("convolution", layer, graph.conv_names(network))
+        conv = _existing(network, layer) if layer else graph.last_conv_node(network)
+        self.classifier = classifier
+        self.layer = str(conv.target)
+        path = graph.channel_path(network, conv, classifier.example())
+        front, self._rest = graph.split(network, path[-1])
+        self._stored, self._labels = _activations(classifier, front, images)
+        self.order = torch.argsort(self._stored[0].double().mean((0, 2, 3)), stable=True).tolist()
+
+    def drops(self) -> Iterator[tuple[int, float]]:
+        """How far the clean accuracy has dropped, in points, with 1, 2, ... channels removed."""
+        silent = _silenced_value(self.classifier, self.layer)
+        base = _accuracy(self.classifier, self._rest, self._stored, self._labels)
+        for count, channel in enumerate(self.order, start=1):
+            self._stored[0][:, channel] = silent[:, channel]
+            left = _accuracy(self.classifier, self._rest, self._stored, self._labels)
+            yield count, 100 * (base - left)
+
+    def pruned(self, count: int) -> Classifier:
+        """A copy of the network without the first ``count`` channels."""
+        repaired = self.classifier.clone()
+        self.silence(repaired, count)
+        return repaired
+
+    def silence(self, classifier: Classifier, count: int) -> None:
+        """Remove the first ``count`` channels, in place."""
+        network = classifier.graph_module
+        path = graph.channel_path(network, _existing(network, self.layer), classifier.example())
+        graph.remove_channels(network, path, self.order[:count])
 
 
 def _existing(network: fx.GraphModule, name: str) -> fx.Node:
@@ -148,4 +210,4 @@ def _accuracy(classifier: Classifier, rest: fx.GraphModule, stored: Sequence[Ten
 @hookimpl
 def backdoorscan_repairers() -> Sequence[type[Repairer]]:
     """The methods of this module."""
-    return [Prune]
+    return [Prune, FinePrune]

@@ -112,7 +112,7 @@ def repaired(demo: DemoFiles, tmp_path_factory: pytest.TempPathFactory) -> Resul
     """A repair of the backdoored network with two candidates, as JSON."""
     folder = tmp_path_factory.mktemp("repaired") / "networks"
     images = ("--valid", demo.clean, "--poisoned", demo.poisoned)
-    drops = ("--drop", 10, "--drop", 2)
+    drops = ("--drop", 10, "--drop", 4, "--no-rescan")
     return in_process("repair", demo.model, *images, *drops, "-o", folder, "-f", "json")
 
 

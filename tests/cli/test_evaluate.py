@@ -34,7 +34,7 @@ def test_network(demo: DemoFiles, cli: Cli, validate: Callable[[Any], None]) -> 
 
 
 @pytest.mark.parametrize("kind", ["repaired", "goodnet"])
-@pytest.mark.parametrize("name", ["X=2", "X=10"])
+@pytest.mark.parametrize("name", ["X=4", "X=10"])
 def test_scores_are_those_of_the_repair(
     name: str, kind: str, candidates: Any, demo: DemoFiles, cli: Cli, validate: Callable[[Any], None]
 ) -> None:
@@ -50,7 +50,7 @@ def test_scores_are_those_of_the_repair(
 def test_schema_wants_the_feeding_of_a_network_but_not_of_a_goodnet(
     candidates: Any, demo: DemoFiles, cli: Cli, validate: Callable[[Any], None]
 ) -> None:
-    report = evaluate(cli, candidates["X=2", "goodnet"]["files"][0], demo, "-f", "json").json
+    report = evaluate(cli, candidates["X=4", "goodnet"]["files"][0], demo, "-f", "json").json
     assert "input_range" not in report["model"]
     report["model"]["kind"] = "classifier"
     with pytest.raises(Exception, match="is a required property"):
@@ -86,7 +86,7 @@ def test_target_that_the_labels_name_already_changes_nothing(demo: DemoFiles, cl
 
 
 def test_table(candidates: Any, demo: DemoFiles, cli: Cli) -> None:
-    row = candidates["X=2", "goodnet"]
+    row = candidates["X=4", "goodnet"]
     result = evaluate(cli, row["files"][0], demo)
     lines = result.out.splitlines()
     assert (result.code, result.err, lines[0]) == (0, "", row["files"][0])

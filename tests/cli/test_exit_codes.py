@@ -282,6 +282,47 @@ def fails(id: str = "failing") -> str:
     return oracle(id, examine="raise ValueError('no such layer')")
 
 
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ("-o absent/report.json", r"Cannot write absent/report\.json: there is no folder"),
+        ("-o .", r"\. is a folder"),
+        ("--save-triggers absent/t.npz", r"Cannot write absent/t\.npz: there is no folder"),
+    ],
+)
+def test_report_that_cannot_be_written_is_an_error_before_any_work(
+    flags: str, says: str, here: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("backdoorscan.formats.images.load_images", None)  # who works fails
+    for command in (SCAN + flags, f"evaluate model.h5 --valid clean.h5 {flags}"):
+        if "evaluate" in command and "triggers" in flags:
+            continue
+        result = cli(*command.split())
+        assert result.code == ExitCode.ERROR
+        result.assert_one_message()
+        assert re.search(says, result.err), result.err
+
+
+def test_what_the_architecture_prints_is_not_in_the_report(here: Path, cli: Cli, program: Cli) -> None:
+    (here / "chatty.py").write_text(
+        "import torch\nprint('hello')\ndef net():\n    print('there')\n"
+        "    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(256, 10))\n"
+    )
+    with h5py.File(here / "clean.h5") as file:
+        pixels, labels = file["data"][()].reshape(-1, 256) / 255, file["label"][()].astype(int)
+    centres = np.stack(
+        [pixels[labels == label].mean(0) for label in range(10)]
+    )  # the nearest one is better than chance
+    weight = torch.tensor(centres, dtype=torch.float32)
+    torch.save({"1.weight": weight, "1.bias": -(weight**2).sum(1) / 2}, here / "nearest.pth")
+    for start in (cli, program):
+        command = "nearest.pth --valid clean.h5 --arch chatty.py:net --input-range 0,1 -f json"
+        result = start("evaluate", *command.split())
+        assert result.code == ExitCode.OK, result.err
+        assert result.json["clean_accuracy"] > 0.3
+        assert {"hello", "there"} <= set(result.err.splitlines())
+
+
 def test_options_of_a_detector_that_does_not_run(here: Path, cli: Cli, third_party: Callable[..., Any]) -> None:
     third_party(oracle())
     result = cli(*SCAN.split(), "-d", "neural-cleanse", "-O", "oracle.level=2")
@@ -389,27 +430,56 @@ def test_a_proven_backdoor_outranks_a_failed_detector(
     assert "ValueError: no such layer" in errors["failing"]
 
 
-def test_a_failed_detector_alone_gives_no_verdict(here: Path, cli: Cli, third_party: Callable[..., Any]) -> None:
-    third_party(fails())
-    result = cli(*SCAN.split(), "-d", "failing")
+@pytest.mark.parametrize("part", ["examine", "judge"])
+def test_a_failed_detector_alone_gives_no_verdict(
+    part: str, here: Path, cli: Cli, third_party: Callable[..., Any]
+) -> None:
+    third_party(oracle(**{part: "raise ValueError('no such layer')"}))
+    result = cli(*SCAN.split(), "-d", "oracle")
     assert result.code == ExitCode.ERROR
     assert "INCONCLUSIVE" in result.out
     assert "ValueError: no such layer" in result.out
 
 
+BUGGY = """
+from backdoorscan import hookimpl
+from backdoorscan.plugin.reporter import Reporter
+
+class Buggy(Reporter):
+    id = "buggy"
+    summary = "Fails."
+    def render(self, report, terminal):
+        raise RuntimeError("out of tea")
+
+@hookimpl
+def backdoorscan_reporters():
+    return [Buggy]
+"""
+
+
 def test_a_bug_does_not_look_like_a_verdict(here: Path, cli: Cli, third_party: Callable[..., Any]) -> None:
-    third_party(oracle(judge="raise RuntimeError('out of tea')"))
-    result = cli(*SCAN.split(), "-d", "oracle")
+    third_party(BUGGY)
+    result = cli(*SCAN.split(), "--limit", 40, "-f", "buggy")
     assert result.code == ExitCode.ERROR
     result.assert_one_message()
     assert "out of tea" in result.err
 
 
 def test_repair_that_leaves_the_backdoor_in(here: Path, cli: Cli) -> None:
-    command = "repair model.h5 --valid clean.h5 --poisoned poisoned.h5 --channels 1 -o out -f json"
+    command = "repair model.h5 --valid clean.h5 --poisoned poisoned.h5 --channels 1 -o out -f json --no-rescan"
     result = cli(*command.split())
     assert result.code == ExitCode.FOUND
     assert all(row["attack_success_rate"] > 0.5 for row in result.json["candidates"])
+
+
+def test_repair_that_breaks_its_budget(here: Path, cli: Cli) -> None:
+    command = "repair model.h5 --valid clean.h5 --poisoned poisoned.h5 --drop 10 --no-rescan -f json --max-drop "
+    codes = {}
+    for points, within in ((0, False), (100, True)):
+        result = cli(*command.split(), points, "-o", f"out{points}")
+        codes[points] = result.code
+        assert [row["within_budget"] for row in result.json["candidates"]] == [within, within]
+    assert codes == {0: ExitCode.FOUND, 100: ExitCode.OK}
 
 
 def test_repair_that_removes_the_backdoor(repaired: Any) -> None:

@@ -15,7 +15,16 @@ from backdoorscan.errors import ExitCode
 FEEDING = ["--input-range", "--mean", "--std", "--layout"]
 READING = ["--valid", "--arch", "--limit", "--seed", "--threads", "--format", "--output", *FEEDING]
 OPTIONS = {
-    "scan": ["--detector", "--option", "--labels", "--alpha", "--timeout", *READING],
+    "scan": [
+        "--detector",
+        "--option",
+        "--labels",
+        "--alpha",
+        "--timeout",
+        "--save-triggers",
+        "--save-figures",
+        *READING,
+    ],
     "repair": [
         "--method",
         "--drop",
@@ -25,6 +34,15 @@ OPTIONS = {
         "--poisoned",
         "--target",
         "--force",
+        "--report",
+        "--triggers",
+        "--goodnet",
+        "--max-drop",
+        "--rescan",
+        "--no-rescan",
+        "--test",
+        "--learn-from-poisoned",
+        "--report-output",
         *READING,
     ],
     "evaluate": ["--poisoned", "--target", *READING],

@@ -23,6 +23,7 @@ OURS = {
     ("safetensors", "loader"),
     ("table", "reporter"),
     ("json", "reporter"),
+    ("html", "reporter"),
 }
 
 STRANGER = '''

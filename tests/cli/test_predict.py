@@ -19,7 +19,7 @@ Cli = Callable[..., Any]
 
 @pytest.fixture(scope="module")
 def goodnet(candidates: Any) -> str:
-    return str(candidates["X=2", "goodnet"]["files"][0])
+    return str(candidates["X=4", "goodnet"]["files"][0])
 
 
 def save_pictures(source: Path, folder: Path, count: int, form: str = "png") -> tuple[list[str], np.ndarray]:

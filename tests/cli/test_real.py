@@ -109,7 +109,17 @@ def test_repaired_digits_score_as_the_table_says(cli: Cli, elsewhere: Path) -> N
     source = f"{SHARED / 'data' / 'mnist.npz'}#test"
     flags = [*arch("ShihaozhaoNet"), "--valid", source, "--limit", 1000]
     drops = ["--drop", 2, "--drop", 4, "--drop", 10]
-    repair = ["repair", MNIST / "shihaozhao_badnet_to_0.pth", *flags, "--method", "prune", *drops, "-o", "out"]
+    repair = [
+        "repair",
+        MNIST / "shihaozhao_badnet_to_0.pth",
+        *flags,
+        "--method",
+        "prune",
+        *drops,
+        "-o",
+        "out",
+        "--no-rescan",
+    ]
     result = cli(*repair, "-f", "json")
     assert result.code == ExitCode.OK
     rows = result.json["candidates"]

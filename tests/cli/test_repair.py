@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -21,8 +22,9 @@ from backdoorscan.errors import ExitCode
 Cli = Callable[..., Any]
 Rows = dict[tuple[str, str], dict[str, Any]]
 
-NAMES = ["X=10", "X=2"]
+NAMES = ["X=10", "X=4"]
 KINDS = ["repaired", "goodnet"]
+PRUNE_FEW = ["--channels", 3, "--channels", 1, "--no-rescan"]
 
 
 def read_images(path: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -53,7 +55,7 @@ def test_json_fits_its_schema(repaired: Any, validate: Callable[[Any], None]) ->
 
 def test_report_has_before_and_after(repaired: Any, candidates: Rows, demo: DemoFiles) -> None:
     report = repaired.json
-    assert (report["method"], report["options"]["drop"]) == ("prune", [10.0, 2.0])
+    assert (report["method"], report["options"]["drop"]) == ("prune", [10.0, 4.0])
     assert report["before"]["attack_success_rate"] == pytest.approx(demo.attack_success)
     assert (report["images"]["path"], report["poisoned"]["path"]) == (str(demo.clean), str(demo.poisoned))
     assert sorted(candidates) == sorted((name, kind) for name in NAMES for kind in KINDS)
@@ -64,7 +66,7 @@ def test_report_has_before_and_after(repaired: Any, candidates: Rows, demo: Demo
             assert report["before"]["clean_accuracy"] - row["clean_accuracy"] >= row["drop"] / 100 - 1e-9
         assert (row["false_reject_rate"] is None) == (row["caught_rate"] is None) == (kind == "repaired")
     pruned = {name: candidates[name, "repaired"]["channels_pruned"] for name in NAMES}
-    assert pruned["X=10"] >= pruned["X=2"]
+    assert pruned["X=10"] >= pruned["X=4"]
 
 
 def test_writes_the_files_that_it_lists_and_no_others(candidates: Rows) -> None:
@@ -150,7 +152,7 @@ def test_goodnet_takes_the_original_input_and_scores_as_the_table_says(
 
 @pytest.mark.parametrize("count", [1, 2, 7])
 def test_goodnet_takes_batches_of_any_size(count: int, candidates: Rows, demo: DemoFiles) -> None:
-    path = candidates["X=2", "goodnet"]["files"][0]
+    path = candidates["X=4", "goodnet"]["files"][0]
     clean, _ = read_images(demo.clean)
     scores, classes = run_goodnet(path, clean[:count])
     all_scores, all_classes = run_goodnet(path, clean[:20])
@@ -167,7 +169,7 @@ def test_goodnet_is_the_original_where_it_does_not_reject(candidates: Rows, demo
 
 
 def test_table(demo: DemoFiles, cli: Cli, elsewhere: Path) -> None:
-    result = cli("repair", demo.model, "--valid", demo.clean, "--limit", 100, "--channels", 3, "--channels", 1)
+    result = cli("repair", demo.model, "--valid", demo.clean, "--limit", 100, *PRUNE_FEW)
     assert result.code == ExitCode.OK
     assert result.err == ""
     lines = result.out.splitlines()
@@ -187,7 +189,8 @@ def test_force_replaces_files_but_removes_none(demo: DemoFiles, cli: Cli, elsewh
     (elsewhere / "out").mkdir()
     (elsewhere / "out" / "thesis.tex").write_text("mine")
     (elsewhere / "out" / "model_channels=1.h5").write_text("of an earlier run")
-    command = ["repair", demo.model, "--valid", demo.clean, "--limit", 60, "--channels", 1, "-o", "out", "--force"]
+    command = ["repair", demo.model, "--valid", demo.clean, "--limit", 60, "--channels", 1, "-o", "out"]
+    command += ["--force", "--no-rescan"]
     result = cli(*command)
     assert result.code == ExitCode.OK
     names = ["model_channels=1.goodnet.onnx", "model_channels=1.h5", "thesis.tex"]
@@ -200,7 +203,8 @@ def test_force_replaces_files_but_removes_none(demo: DemoFiles, cli: Cli, elsewh
 def test_the_original_is_never_changed(demo: DemoFiles, cli: Cli, elsewhere: Path) -> None:
     model = elsewhere / "model.h5"
     model.write_bytes(demo.model.read_bytes())
-    command = ["repair", "model.h5", "--valid", demo.clean, "--limit", 60, "--channels", 30, "-o", elsewhere, "--force"]
+    command = ["repair", "model.h5", "--valid", demo.clean, "--limit", 60, "--channels", 30, "-o", elsewhere]
+    command += ["--force", "--no-rescan"]
     assert cli(*command).code == ExitCode.OK
     assert model.read_bytes() == demo.model.read_bytes()
     names = ["model.h5", "model_channels=30.goodnet.onnx", "model_channels=30.h5"]
@@ -208,7 +212,20 @@ def test_the_original_is_never_changed(demo: DemoFiles, cli: Cli, elsewhere: Pat
 
 
 def test_shortcuts_options_and_settings_are_one(demo: DemoFiles, cli: Cli, elsewhere: Path) -> None:
-    command = ["repair", demo.model, "--valid", demo.clean, "--limit", 60, "-f", "json", "--force", "-o", "out"]
+    command = [
+        "repair",
+        demo.model,
+        "--valid",
+        demo.clean,
+        "--limit",
+        60,
+        "-f",
+        "json",
+        "--force",
+        "-o",
+        "out",
+        "--no-rescan",
+    ]
     (elsewhere / "pyproject.toml").write_text("[tool.backdoorscan.prune]\nchannels = [2]\nlayer = 'conv2d_6'\n")
 
     def channels(*arguments: object) -> list[int]:
@@ -227,3 +244,81 @@ def test_a_method_that_fails_leaves_nothing_behind(demo: DemoFiles, cli: Cli, el
     result.assert_one_message()
     assert "prune.drop = 99 cannot be reached" in result.err
     assert list(elsewhere.iterdir()) == []
+
+
+def test_repair_is_scanned_again_and_worked_from_a_stored_scan(
+    scanned: Any, demo: DemoFiles, cli: Cli, elsewhere: Path, validate: Callable[[Any], None]
+) -> None:
+    (elsewhere / "scan.json").write_text(scanned.out)
+    command = ["repair", demo.model, "--valid", demo.clean, "--report", "scan.json", "--drop", 10]
+    result = cli(*command, "-o", "out", "-f", "json", "--report-output", "repair.json")
+    assert (result.code, result.out, result.err) == (ExitCode.OK, "", "wrote repair.json\n")
+    report = json.loads((elsewhere / "repair.json").read_text())
+    validate(report)
+    assert report["findings"] == scanned.json["runs"][0]["findings"]
+    assert report["poisoned"] is report["before"]["attack_success_rate"] is None
+    assert report["before"]["reversed_success_rate"] > 0.8
+    rows = {row["kind"]: row for row in report["candidates"]}
+    assert rows["repaired"]["reversed_success_rate"] <= 0.1
+    assert (rows["repaired"]["verdict"], rows["goodnet"]["verdict"]) == ("clean", None)
+    assert (rows["repaired"]["flagged"], rows["repaired"]["within_budget"]) == ([], None)
+    assert rows["repaired"]["worst_class"]["points"] > 0
+
+
+def test_a_stored_scan_saves_scanning(
+    scanned: Any, demo: DemoFiles, cli: Cli, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (elsewhere / "scan.json").write_text(scanned.out)
+    monkeypatch.setattr("backdoorscan.repairing.look_again", None)  # who scans fails
+    command = ["repair", demo.model, "--valid", demo.clean, "-m", "unlearn", "-O", "unlearn.rounds=1"]
+    command += ["-O", "unlearn.sample=100", "--no-rescan", "-o", "out", "-f", "json"]
+    assert cli(*command).code == ExitCode.ERROR
+    result = cli(*command, "--report", "scan.json")
+    assert result.code in (ExitCode.OK, ExitCode.FOUND), result.err
+    assert result.json["findings"] == scanned.json["runs"][0]["findings"]
+
+
+def test_a_scan_of_another_file_is_refused(scanned: Any, demo: DemoFiles, cli: Cli, elsewhere: Path) -> None:
+    (elsewhere / "scan.json").write_text(scanned.out)
+    (elsewhere / "other.json").write_text("{}")
+    for model, report, says in (
+        (demo.clean_model, "scan.json", "scan.json is not a report on"),
+        (demo.model, "other.json", "not a scan report"),
+        (demo.model, "missing.json", "missing.json"),
+    ):
+        result = cli("repair", model, "--valid", demo.clean, "--report", report, "-o", "out")
+        assert result.code == ExitCode.ERROR
+        result.assert_one_message()
+        assert says in result.err
+    assert not (elsewhere / "out").exists()
+
+
+def test_saved_triggers_repair(
+    scanned: Any, demo: DemoFiles, cli: Cli, elsewhere: Path, validate: Callable[[Any], None]
+) -> None:
+    for name in ("t.npz", "t.h5"):
+        saved = cli("scan", demo.model, "--valid", demo.clean, "--save-triggers", name, "-f", "json")
+        assert (saved.code, saved.err) == (ExitCode.FOUND, f"wrote {name}\n")
+    with h5py.File("t.h5") as file, np.load("t.npz") as archive:
+        assert file["data"].shape == (10, 1, 16, 16)
+        assert sorted(file["label"][()]) == sorted(archive["label"]) == list(range(10))
+        assert archive["mask"].shape == archive["pattern"].shape == (10, 1, 16, 16)
+    command = ["repair", demo.model, "--valid", demo.clean, "--poisoned", demo.poisoned, "--method", "unlearn"]
+    command += ["-O", "unlearn.rounds=1", "-O", "unlearn.sample=600", "--no-rescan", "-f", "json", "-o"]
+    for name in ("t.npz", "t.h5"):
+        result = cli(*command, f"out-{name}", "--triggers", name)
+        assert result.code == ExitCode.OK, result.err
+        validate(result.json)
+        assert demo.target in [finding["target_label"] for finding in result.json["findings"]]
+        assert all(row["method"] == "unlearn" and row["verdict"] is None for row in result.json["candidates"])
+    both = cli(*command, "out", "--triggers", "t.npz", "--report", "scan.json")
+    assert both.code == ExitCode.ERROR
+    both.assert_one_message()
+    assert "--report and --triggers" in both.err
+
+
+def test_page(demo: DemoFiles, cli: Cli, elsewhere: Path) -> None:
+    command = ["repair", demo.model, "--valid", demo.clean, "--limit", 60, "--channels", 1, "--no-rescan", "-o", "out"]
+    result = cli(*command, "-f", "html", "--report-output", "repair.html")
+    assert (result.code, result.out, result.err) == (ExitCode.OK, "", "wrote repair.html\n")
+    assert (elsewhere / "repair.html").read_text().lower().startswith("<!doctype html>")

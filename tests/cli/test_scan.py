@@ -82,6 +82,7 @@ def test_json_fits_its_schema(scanned: Any, validate: Callable[[Any], None]) -> 
         lambda report: report["runs"][0]["findings"].clear(),
         lambda report: report["runs"][0]["model"].pop("sha256"),
         lambda report: report["runs"][0]["images"].update(count="380"),
+        lambda report: report["runs"][0]["images"].pop("sample"),
         lambda report: report["runs"][0]["findings"][0].update(p_value=1.5),
         lambda report: report["runs"][0]["findings"][0].update(target_label=-1),
         lambda report: report["runs"][0]["findings"][0]["trigger"].pop("l1"),
@@ -177,6 +178,33 @@ def test_quiet_says_nothing_but_the_report(flag: str, demo: DemoFiles, cli: Cli,
     assert table.err == ""
     assert cli(flag, "scan", demo.model, "--valid", demo.clean, *QUICK, "-o", "report.txt").err == ""
     assert (elsewhere / "report.txt").read_text().startswith(str(demo.model))
+
+
+def test_page_to_a_file(demo: DemoFiles, cli: Cli, elsewhere: Path) -> None:
+    result = cli("scan", demo.model, "--valid", demo.clean, *QUICK, "-f", "html", "-o", "report.html")
+    assert (result.out, result.err) == ("", "wrote report.html\n")
+    page = (elsewhere / "report.html").read_text()
+    assert page.lower().startswith("<!doctype html>")
+    assert demo.model.name in page
+    assert [path.name for path in elsewhere.iterdir()] == ["report.html"]
+
+
+def test_figures_to_a_folder(demo: DemoFiles, cli: Cli, elsewhere: Path) -> None:
+    result = cli("scan", demo.model, "--valid", demo.clean, *QUICK, "-f", "json", "--save-figures", "figures")
+    assert result.json["schema"] == "backdoorscan.report/1"
+    pictures = list((elsewhere / "figures").iterdir())
+    assert result.err == f"wrote {len(pictures)} pictures to figures\n"
+    assert pictures
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in pictures)
+
+
+def test_a_few_of_the_images_are_in_the_report(scanned: Any, demo: DemoFiles) -> None:
+    with h5py.File(demo.clean) as file:
+        known = {image.tobytes() for image in file["data"][()]}
+    sample = scanned.json["runs"][0]["images"]["sample"]
+    assert len(sample) == 4
+    assert all(image["shape"] == [1, 16, 16] for image in sample)
+    assert {zlib.decompress(base64.b64decode(image["uint8"])) for image in sample} <= known
 
 
 def test_dash_is_stdout(demo: DemoFiles, cli: Cli, elsewhere: Path) -> None:
@@ -276,7 +304,7 @@ def test_settings_come_from_the_nearest_pyproject(scan: Cli, elsewhere: Path, mo
     monkeypatch.chdir(elsewhere / "a" / "b")
     assert scan() == (0.2, 3, 4, 2)
     (elsewhere / "a" / "pyproject.toml").write_text("[tool.backdoorscan]\nseed = 4\nneural-cleanse = {steps = 5}\n")
-    assert scan() == (0.01, 4, 5, 8)
+    assert scan() == (0.01, 4, 5, 5)
 
 
 def test_environment_comes_before_the_file(scan: Cli, elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -297,9 +325,9 @@ def test_command_line_comes_first(scan: Cli, elsewhere: Path, monkeypatch: pytes
 def test_config_replaces_the_nearest_pyproject(scan: Cli, elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (elsewhere / "pyproject.toml").write_text(SETTINGS)
     (elsewhere / "strict.toml").write_text("alpha = 0.001\n[neural-cleanse]\nsteps = 2\n")
-    assert scan(before=("--config", "strict.toml")) == (0.001, 0, 2, 8)
+    assert scan(before=("--config", "strict.toml")) == (0.001, 0, 2, 5)
     monkeypatch.setenv("BACKDOORSCAN_CONFIG", "strict.toml")
-    assert scan() == (0.001, 0, 2, 8)
+    assert scan() == (0.001, 0, 2, 5)
     assert scan(before=("--config", "pyproject.toml")) == (0.2, 3, 4, 2)
 
 

@@ -41,13 +41,13 @@ def read_hdf5(content: bytes, source: str, split: str | None) -> tuple[npt.NDArr
     with parsing(source, "an HDF5 file"), h5py.File(io.BytesIO(content), "r") as file:
         if "model_config" in file.attrs or "layer_names" in file.attrs:
             raise ImagesError(f"{source} is a Keras model.", hint="Pass the file of the clean images here.")
-        datasets = _datasets(file, source)
+        datasets = safe_datasets(file, source)
         entries = [Entry(name, dataset.shape or (), dataset.dtype) for name, dataset in datasets.items()]
         pair = choose_pair(entries, split, source)
         return _values(datasets[pair.images.name], source), _values(datasets[pair.labels.name], source)
 
 
-def _datasets(file: h5py.File, source: str) -> dict[str, h5py.Dataset]:
+def safe_datasets(file: h5py.File, source: str) -> dict[str, h5py.Dataset]:
     """All datasets by path, found without following any link."""
     datasets = {}
     groups = [("", file)]
