@@ -303,7 +303,10 @@ def test_report_that_cannot_be_written_is_an_error_before_any_work(
         assert re.search(says, result.err), result.err
 
 
-def test_what_the_architecture_prints_is_not_in_the_report(here: Path, cli: Cli, program: Cli) -> None:
+@pytest.mark.parametrize(
+    ("verb", "flags"), [("scan", ["-O", "neural-cleanse.steps=3", "--limit", "60"]), ("evaluate", [])]
+)
+def test_what_the_architecture_prints_is_not_in_the_report(verb: str, flags: list[str], here: Path, cli: Cli) -> None:
     (here / "chatty.py").write_text(
         "import torch\nprint('hello')\ndef net():\n    print('there')\n"
         "    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(256, 10))\n"
@@ -315,12 +318,11 @@ def test_what_the_architecture_prints_is_not_in_the_report(here: Path, cli: Cli,
     )  # the nearest one is better than chance
     weight = torch.tensor(centres, dtype=torch.float32)
     torch.save({"1.weight": weight, "1.bias": -(weight**2).sum(1) / 2}, here / "nearest.pth")
-    for start in (cli, program):
-        command = "nearest.pth --valid clean.h5 --arch chatty.py:net --input-range 0,1 -f json"
-        result = start("evaluate", *command.split())
-        assert result.code == ExitCode.OK, result.err
-        assert result.json["clean_accuracy"] > 0.3
-        assert {"hello", "there"} <= set(result.err.splitlines())
+    command = f"{verb} nearest.pth --valid clean.h5 --arch chatty.py:net --input-range 0,1 -f json"
+    result = cli(*command.split(), *flags)
+    assert result.code != ExitCode.ERROR, result.err
+    assert result.json["schema"].startswith("backdoorscan.")
+    assert {"hello", "there"} <= set(result.err.splitlines())
 
 
 def test_options_of_a_detector_that_does_not_run(here: Path, cli: Cli, third_party: Callable[..., Any]) -> None:
