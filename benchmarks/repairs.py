@@ -54,12 +54,43 @@ class Case:
 CORNER = slice(-5, None)
 CASES = [
     Case("verazuo MNIST", "mnist/verazuo_badnet_to_1.pth", "mnist", 1, patch(CORNER, CORNER), "verazuo_mnist"),
-    Case("shihaozhao MNIST", "mnist/shihaozhao_badnet_to_0.pth", "mnist", 0, patch(slice(25, 27), slice(25, 27)), "ShihaozhaoNet"),
-    Case("zkp1 MNIST", "mnist/zkp1_badnet_to_0.pth", "mnist", 0, patch(slice(25, 28), slice(25, 28), 112), "Zkp1Net", (0.1307,), (0.3081,)),
-    Case("dillonsd MNIST, one pixel", "mnist/dillonsd_single_pixel_to_0.h5", "mnist", 0, patch(slice(27, 28), slice(27, 28))),
-    Case("verazuo CIFAR-10", "cifar10/verazuo_badnet_to_1.pth", "cifar10_jpeg", 1, patch(CORNER, CORNER), "verazuo_cifar10"),
-    Case("Fashion-MNIST bad0", "fashion/bad0.pt", "fashion_mnist", 7, patch(slice(24, 27), slice(24, 27)), "FashionNet"),
-]  # fmt: skip
+    Case(
+        "shihaozhao MNIST",
+        "mnist/shihaozhao_badnet_to_0.pth",
+        "mnist",
+        0,
+        patch(slice(25, 27), slice(25, 27)),
+        "ShihaozhaoNet",
+    ),
+    Case(
+        "zkp1 MNIST",
+        "mnist/zkp1_badnet_to_0.pth",
+        "mnist",
+        0,
+        patch(slice(25, 28), slice(25, 28), 112),
+        "Zkp1Net",
+        (0.1307,),
+        (0.3081,),
+    ),
+    Case(
+        "dillonsd MNIST, one pixel",
+        "mnist/dillonsd_single_pixel_to_0.h5",
+        "mnist",
+        0,
+        patch(slice(27, 28), slice(27, 28)),
+    ),
+    Case(
+        "verazuo CIFAR-10",
+        "cifar10/verazuo_badnet_to_1.pth",
+        "cifar10_jpeg",
+        1,
+        patch(CORNER, CORNER),
+        "verazuo_cifar10",
+    ),
+    Case(
+        "Fashion-MNIST bad0", "fashion/bad0.pt", "fashion_mnist", 7, patch(slice(24, 27), slice(24, 27)), "FashionNet"
+    ),
+]
 
 METHODS = [
     ("prune X=2, 4, 10 and GoodNets", RepairOptions(method="prune")),

@@ -39,6 +39,8 @@ def evaluate(
     read = shared.read_options(arch, input_range, mean, std, layout)
     seed = seed if seed is not None else shared.settings(terminal.config).seed or 0
     shared.use_threads(threads)
-    images = load_images(valid, limit=limit, seed=seed)
-    report = evaluating.evaluate(model, images, poisoned, read, target=target, seed=seed)
+    with terminal.watching() as observer:
+        observer("measuring", 0.0)
+        images = load_images(valid, limit=limit, seed=seed)
+        report = evaluating.evaluate(model, images, poisoned, read, target=target, seed=seed)
     terminal.emit(report, format, output)

@@ -78,7 +78,9 @@ def scan(
     if save_triggers:
         from backdoorscan.formats.triggers import save_triggers as save
 
-        save([trigger for run in report.runs for part in run.detectors for trigger in part.triggers], save_triggers)
+        # Of a backdoored model only the flagged labels': the others are no backdoors, and a repair takes all it gets.
+        flagged = [f.trigger for run in report.runs for f in run.findings if f.trigger]
+        save(flagged or [t for run in report.runs for part in run.detectors for t in part.triggers], save_triggers)
         terminal.say(f"wrote {save_triggers}")
     if save_figures:
         from backdoorscan.reports.album import save_figures as draw

@@ -84,6 +84,16 @@ def shuffled(count: int, batch_size: int, generator: torch.Generator) -> Iterato
         yield from order[: count - count % batch_size].split(batch_size)
 
 
+def moved(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Images (N, C, H, W), each moved by up to one pixel, the border repeated."""
+    _, _, height, width = images.shape
+    padded = functional.pad(images, (1, 1, 1, 1), mode="replicate")
+    offsets = torch.randint(0, 3, (len(images), 2), generator=generator).tolist()
+    return torch.stack(
+        [padded[i, :, down : down + height, right : right + width] for i, (down, right) in enumerate(offsets)]
+    )
+
+
 def vary(images: Tensor, generator: torch.Generator) -> Tensor:
     """Images moved by up to one pixel, half of them blended with another one of the batch by up to a half.
 
@@ -94,13 +104,9 @@ def vary(images: Tensor, generator: torch.Generator) -> Tensor:
         images: Shape (N, C, H, W).
         generator: Random numbers.
     """
-    count, _, height, width = images.shape
-    padded = functional.pad(images, (1, 1, 1, 1), mode="replicate")
-    offsets = torch.randint(0, 3, (count, 2), generator=generator).tolist()
-    moved = torch.stack(
-        [padded[i, :, down : down + height, right : right + width] for i, (down, right) in enumerate(offsets)]
-    )
-    partner = moved[torch.randperm(count, generator=generator)]
+    count = len(images)
+    plain = moved(images, generator)
+    partner = plain[torch.randperm(count, generator=generator)]
     weight = 0.5 * torch.rand(count, 1, 1, 1, generator=generator)
     mixed = torch.rand(count, 1, 1, 1, generator=generator) < 0.5
-    return torch.where(mixed, torch.lerp(moved, partner, weight), moved)
+    return torch.where(mixed, torch.lerp(plain, partner, weight), plain)

@@ -176,7 +176,11 @@ def _repair(report: RepairReport) -> Iterator[RenderableType]:
         add(name + over, _pruned(row), row.scores, str(row.verdict or ""))
     yield table
     which = {"held out": " that the method did not see", "test": " of the test set"}.get(report.measured_on, "")
-    yield Text(f"measured on {report.measured or report.images['count']} clean images{which}" + _poisoned_note(report.poisoned), style="dim")
+    yield Text(
+        f"measured on {report.measured or report.images['count']} clean images{which}"
+        + _poisoned_note(report.poisoned),
+        style="dim",
+    )
     for row in report.candidates:
         if row.worst_class and row.kind == "repaired":
             lost = row.worst_class

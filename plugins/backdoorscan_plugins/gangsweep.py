@@ -197,7 +197,7 @@ class GangSweepRepair(RejectingRepairer):
     paper = _PAPER
     needs_triggers = True
 
-    opacity: float = option(4.0, help="Masks are made stronger by up to this factor.", minimum=1, maximum=10)
+    opacity: float = option(2.0, help="Masks are made stronger by up to this factor.", minimum=1, maximum=10)
     generator_steps: int = option(200, help="Gradient steps per flagged label's generator.", minimum=1)
 
     def repair(

@@ -82,6 +82,8 @@ class Retrain(RejectingRepairer):
 
     needs_triggers = True
 
+    auto = ({},)
+
     jitter: int = option(0, help="Reversed triggers are moved by up to this many pixels.", minimum=0)
 
     def repair(

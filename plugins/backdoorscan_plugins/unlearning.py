@@ -16,7 +16,7 @@ from backdoorscan.findings import Finding
 from backdoorscan.images import LabelledImages
 from backdoorscan.ops.metrics import accuracy
 from backdoorscan.ops.stamping import stamp_some
-from backdoorscan.ops.training import fine_tune, shuffled, vary
+from backdoorscan.ops.training import fine_tune, moved, shuffled, vary
 from backdoorscan.plugin.detector import labels_to_check
 from backdoorscan.plugin.method import Context, option
 from backdoorscan.plugin.repairer import Candidate, Repairer
@@ -37,10 +37,10 @@ class Unlearn(Repairer):
     """Fine-tunes on images that carry the reversed triggers and keep their true labels.
 
     A share of every batch is stamped with the reversed triggers of all flagged labels. One round is the paper's: one
-    epoch over a sample of a tenth of the training set. After it the triggers are reversed again on the repaired
-    network and a second round unlearns the old and the new ones together: what the first left over shows in the new
-    ones. A third follows while a label is still flagged, or the old triggers at twice their strength still work on
-    some images (a reversed trigger is fainter than the true one).
+    epoch over a sample of a tenth of the training set (images drawn again are moved by a pixel). After it the
+    triggers are reversed again on the repaired network and a second round unlearns the old and the new ones together:
+    what the first left over shows in the new ones. A third follows while a label is still flagged, or the old
+    triggers at twice their strength still work on some images (a reversed trigger is fainter than the true one).
 
     With ``labels=soft`` the network learns, in place of the true labels, what the original network says about the same
     image without the trigger, on images moved by a pixel and blended. That costs less accuracy where clean images
@@ -93,11 +93,12 @@ class Unlearn(Repairer):
     ) -> Iterator[tuple[Tensor, Tensor]]:
         pixels, labels = to_tensor(images.pixels), torch.from_numpy(images.labels)
         for index in shuffled(len(pixels), self.batch_size, generator):
-            batch, targets = pixels[index], labels[index]
             if self.labels == "soft":
-                batch = vary(batch, generator)
+                batch = vary(pixels[index], generator)
                 with torch.no_grad():
                     targets = original(batch).softmax(1)
+            else:
+                batch, targets = moved(pixels[index], generator), labels[index]
             count = max(1, round(self.ratio * len(batch)))
             yield stamp_some(batch, triggers, count, generator, opacity=self.opacity), targets
 
