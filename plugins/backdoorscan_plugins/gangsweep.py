@@ -15,7 +15,7 @@ from backdoorscan.classifier import Classifier, logits, to_tensor
 from backdoorscan.errors import MethodError
 from backdoorscan.findings import Evidence, Finding, Judgement, Unit
 from backdoorscan.images import LabelledImages
-from backdoorscan.ops.generator import GeneratorSchedule, train_generator
+from backdoorscan.ops.generator import GeneratorSchedule, MaskGenerator, train_generator
 from backdoorscan.ops.outliers import Spread, small_outliers
 from backdoorscan.ops.shift import clean_spread, head_features, mean_trigger, measure_shift, persistence
 from backdoorscan.plugin.detector import Detector
@@ -90,10 +90,9 @@ class GangSweep(Detector):
             raise MethodError(f"{self.id} needs clean images.", hint="Pass --valid.")
         (target,) = unit.labels
         train, held_out = _split(images, context)
-        victims = _others(self.id, train, target)
-        generator, samples = train_generator(
-            classifier, victims, target, self._schedule(), context.generator(self.id, unit.id), context.progress
-        )
+        victims, random = _others(self.id, train, target), context.generator(self.id, unit.id)
+        schedule = self._schedule()
+        generator, samples = train_generator(classifier, victims, target, schedule, random, context.progress)
         pixels, labels = to_tensor(held_out.pixels), torch.from_numpy(held_out.labels)
         clean = head_features(classifier, pixels)
         unit_length = clean_spread(clean, labels)
@@ -189,8 +188,9 @@ class GangSweepRepair(RejectingRepairer):
     For every flagged label a generator is trained as for detection. The head grows to N+1 classes, and the network is
     trained on clean images with their labels and on the same with a generator's masks, labelled N: first the new head
     alone, then all layers. It needs the flagged labels, no triggers. The masks are only as strong as the attack needs,
-    so they are also shown stronger, up to ``opacity`` times. Where faint masks fool a network anyway, as with colour
-    photographs, the generator finds those; the trigger stays unknown and goes on working. Prefer ``retrain`` there.
+    so they are also shown stronger, up to ``opacity`` times. A further round sweeps the retrained network for what is
+    left and starts again with all masks. Where faint masks fool a network anyway, as with colour photographs, they
+    hide a part of the trigger, and some attacks go on working: prefer ``retrain`` there.
     """
 
     id = "gangsweep"
@@ -198,6 +198,7 @@ class GangSweepRepair(RejectingRepairer):
     needs_triggers = True
 
     opacity: float = option(2.0, help="Masks are made stronger by up to this factor.", minimum=1, maximum=10)
+    rounds: int = option(2, help="Rounds: all but the first sweep the network that the one before made.", minimum=1)
     generator_steps: int = option(200, help="Gradient steps per flagged label's generator.", minimum=1)
 
     def repair(
@@ -211,13 +212,9 @@ class GangSweepRepair(RejectingRepairer):
                 hint="Scan first and pass its report.",
             )
         schedule = GangSweep(steps=self.generator_steps)._schedule()
-        generators, used = [], 0
-        for position, target in enumerate(targets):
-            victims, random = _others(self.id, images, target), context.generator(self.id, target)
-            generator, samples = train_generator(classifier, victims, target, schedule, random)
-            generators.append(generator)
-            used += samples
-            context.progress((position + 1) / (2 * len(targets)))
+        generators: list[MaskGenerator] = []
+        repaired, used = classifier, 0
+        figures: dict[str, float] = {}
 
         def poison(clean: Tensor, random: torch.Generator) -> Tensor:
             which = torch.randint(len(generators), (len(clean),), generator=random)
@@ -225,16 +222,18 @@ class GangSweepRepair(RejectingRepairer):
             masks = torch.stack([generator(clean) for generator in generators])
             return (clean + factors * masks[which, torch.arange(len(clean))]).clamp(0, 1)
 
-        repaired, figures = self.learn(
-            classifier,
-            images,
-            poison,
-            context.generator(self.id, "retrain"),
-            lambda part: context.progress((1 + part) / 2),
-        )
-        facts = {"targets": targets, "steps": self.head_steps + self.steps, **figures}
-        facts["gradient_samples"] = used + int(figures["gradient_samples"])
-        return [Candidate("gangsweep", repaired, facts, rejects=True)]
+        for turn in range(self.rounds):
+            for target in targets:
+                victims, random = _others(self.id, images, target), context.generator(self.id, turn, target)
+                generator, samples = train_generator(repaired, victims, target, schedule, random)
+                generators.append(generator)
+                used += samples
+            random = context.generator(self.id, turn, "retrain")
+            repaired, figures = self.learn(classifier, images, poison, random, lambda _: None)
+            context.progress((turn + 1) / self.rounds)
+            used += int(figures["gradient_samples"])
+        facts = {"targets": targets, "rounds": self.rounds, "steps": self.head_steps + self.steps, **figures}
+        return [Candidate("gangsweep", repaired, facts | {"gradient_samples": used}, rejects=True)]
 
 
 @hookimpl
