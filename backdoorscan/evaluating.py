@@ -18,8 +18,8 @@ from backdoorscan.formats.goodnet import GoodNetFile, is_goodnet
 from backdoorscan.formats.images import load_images, load_picture
 from backdoorscan.formats.loading import ReadOptions, load_model
 from backdoorscan.images import LabelledImages
-from backdoorscan.ops.metrics import accuracy, attack_success_rate
-from backdoorscan.report import EvaluationReport, Scores
+from backdoorscan.measured import Attacks, EvaluationReport, Scores
+from backdoorscan.ops.metrics import accuracy, attack_counts, macro_precision
 from backdoorscan.trigger import Trigger
 
 
@@ -32,7 +32,7 @@ def measure(
     rejects: int | None = None,
     triggers: Sequence[Trigger] = (),
 ) -> Scores:
-    """Clean accuracy and, with poisoned images, attack success.
+    """Clean accuracy, precision and, with poisoned images, attack success.
 
     Args:
         network: Images (N, C, H, W) in [0, 1] -> scores.
@@ -42,47 +42,62 @@ def measure(
         target: The target label.
         rejects: For a GoodNet, the class that says "backdoored".
         triggers: Reversed triggers to stamp on the clean images.
-
-    Raises:
-        ImagesError: ``target`` is the true label of every poisoned image.
     """
-    predicted = predictions(network, images)
+    predicted, labels = predictions(network, images), torch.from_numpy(images.labels)
+    reversed_rate, reversed_attacks = measure_reversed(network, images, triggers)
     scores = Scores(
-        clean_accuracy=accuracy(predicted, torch.from_numpy(images.labels)),
+        clean_accuracy=accuracy(predicted, labels),
+        macro_precision=macro_precision(predicted, labels, rejects),
         false_reject_rate=None if rejects is None else accuracy(predicted, torch.tensor(rejects)),
-        reversed_success_rate=reversed_success(network, images, triggers),
+        reversed_success_rate=reversed_rate,
+        reversed_attacks=reversed_attacks,
     )
     if poisoned is None:
         return scores
-    predicted = predictions(network, poisoned)
-    labels = torch.from_numpy(poisoned.labels)
-    if target is None or bool((labels == target).all()):
-        rate: float | None = accuracy(predicted, labels)
+    predicted, labels = predictions(network, poisoned), torch.from_numpy(poisoned.labels)
+    if target is not None and has_true_labels(poisoned, target):
+        successful, unsuccessful = attack_counts(predicted, labels, target)
     else:
-        rate = attack_success_rate(predicted, labels, target)
-        if rate is None:
-            raise ImagesError(f"{poisoned.source}: every image belongs to the target class {target}.")
+        successful = int((predicted == labels).sum())
+        unsuccessful = len(poisoned) - successful
     return replace(
         scores,
-        attack_success_rate=rate,
+        attack_success_rate=successful / (successful + unsuccessful),
         caught_rate=None if rejects is None else accuracy(predicted, torch.tensor(rejects)),
+        successful_attacks=successful,
+        unsuccessful_attacks=unsuccessful,
     )
 
 
-def reversed_success(network: nn.Module, images: LabelledImages, triggers: Sequence[Trigger]) -> float | None:
-    """The largest success of reversed triggers, as they are and at twice their strength; ``None`` without any.
+def has_true_labels(poisoned: LabelledImages, target: int | None) -> bool:
+    """Whether the labels of poisoned images are known to be the true ones, and not those that the attack leads to."""
+    return target is not None and bool((poisoned.labels != target).any())
+
+
+def measure_reversed(
+    network: nn.Module, images: LabelledImages, triggers: Sequence[Trigger]
+) -> tuple[float | None, Attacks | None]:
+    """What reversed triggers do to clean images; both ``None`` without triggers or images of other classes.
 
     A reversed trigger is fainter than the true one, as its search ends where it just works. A repair that holds only
-    against the faint one is none.
+    against the faint one is none, so the rate looks at the triggers at twice their strength as well.
+
+    Returns:
+        The largest rate of success, 0 to 1, and how many attempts succeed of all triggers as they are.
     """
     pixels, labels = to_tensor(images.pixels), torch.from_numpy(images.labels)
-    rates = []
+    rates: list[float] = []
+    successful = unsuccessful = 0
     for trigger in triggers:
         doubled = Trigger((2 * trigger.mask).clamp(max=1), trigger.pattern, trigger.target)
         for form in (trigger, doubled):
             predicted = logits(network, form.stamp(pixels)).argmax(1)
-            rates.append(attack_success_rate(predicted, labels, trigger.target))
-    return max((rate for rate in rates if rate is not None), default=None)
+            hits, misses = attack_counts(predicted, labels, trigger.target)
+            if hits + misses:
+                rates.append(hits / (hits + misses))
+            if form is trigger:
+                successful, unsuccessful = successful + hits, unsuccessful + misses
+    return (max(rates), Attacks(successful, unsuccessful)) if rates else (None, None)
 
 
 def predictions(network: nn.Module, images: LabelledImages) -> Tensor:

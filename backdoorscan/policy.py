@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from backdoorscan.errors import ExitCode
 from backdoorscan.findings import Finding, Judgement, Verdict
-from backdoorscan.report import CandidateRow, RepairReport
+from backdoorscan.measured import CandidateRow, RepairReport
 
 DEFAULT_ALPHA = 0.01
 """False alarms one accepts: one clean model in a hundred."""

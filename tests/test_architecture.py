@@ -17,11 +17,12 @@ PLUGINS = ROOT / "plugins" / "backdoorscan_plugins"
 
 FLOORS = {
     "errors": 0,
-    **dict.fromkeys(("artifact", "images", "classifier", "graph", "trigger", "findings", "report", "goodnet"), 1),
+    **dict.fromkeys(("artifact", "images", "classifier", "graph", "trigger", "findings", "goodnet"), 1),
+    **dict.fromkeys(("report", "measured", "files"), 1),
     "ops": 2,
     "plugin": 3,
     **dict.fromkeys(("formats", "reports", "engine", "registry", "config", "policy", "costing"), 4),
-    **dict.fromkeys(("scanning", "repairing", "evaluating", "demo"), 5),
+    **dict.fromkeys(("scanning", "comparing", "repairing", "evaluating", "demo", "bench"), 5),
     **dict.fromkeys(("cli", "__main__"), 6),
 }
 PLUGIN_FLOOR = 3

@@ -16,6 +16,8 @@ from backdoorscan.evaluating import measure, predict_pictures
 from backdoorscan.formats.goodnet import write_goodnet
 from backdoorscan.goodnet import GoodNet
 from backdoorscan.images import LabelledImages
+from backdoorscan.measured import Attacks
+from backdoorscan.trigger import Trigger
 
 
 class Lookup(nn.Module):
@@ -48,6 +50,7 @@ def test_what_the_labels_of_poisoned_images_mean(answers, labels, target, rate):
     scores = measure(Lookup(*answers), numbered(*answers), numbered(*labels), target=target)
     assert scores.clean_accuracy == 1
     assert scores.attack_success_rate == pytest.approx(rate)
+    assert scores.successful_attacks == pytest.approx(rate * (scores.successful_attacks + scores.unsuccessful_attacks))
     assert scores.caught_rate is None
 
 
@@ -56,11 +59,34 @@ def test_rates_of_a_network_that_can_reject():
     scores = measure(Lookup(0, 1, 4, 4), clean, poisoned, rejects=4)
     assert (scores.clean_accuracy, scores.false_reject_rate) == (0.5, 0.5)
     assert (scores.attack_success_rate, scores.caught_rate) == (0.25, 0.5)
+    assert (scores.successful_attacks, scores.unsuccessful_attacks) == (1, 3)  # a caught attack is none that succeeds
+    assert scores.macro_precision == 0.5  # classes 2 and 3 are never answered; "backdoored" is no class
 
 
 def test_clean_images_alone():
     scores = measure(Lookup(0, 1), numbered(0, 0))
     assert (scores.clean_accuracy, scores.attack_success_rate, scores.false_reject_rate) == (0.5, None, None)
+    assert (scores.successful_attacks, scores.unsuccessful_attacks, scores.reversed_attacks) == (None, None, None)
+    assert scores.macro_precision == 0.5
+
+
+class Bright(nn.Module):
+    """Class 1 for images brighter than a limit, else class 0."""
+
+    def forward(self, x):
+        return nn.functional.one_hot((x.mean((1, 2, 3)) > 0.6).long(), 5).float()
+
+
+def test_reversed_attacks_are_counted_apart_and_as_they_are():
+    """Half opaque white brightens black images to 0.5: only at twice its strength it works."""
+    images = numbered(0, 0, 0, 1, 2)
+    faint = Trigger(torch.full((1, 2, 2), 0.5), torch.ones(3, 2, 2), 1)
+    full = Trigger(torch.ones(1, 2, 2), torch.ones(3, 2, 2), 1)
+    scores = measure(Bright(), images, triggers=[faint])
+    assert (scores.reversed_success_rate, scores.reversed_attacks) == (1, Attacks(0, 4))
+    assert (scores.attack_success_rate, scores.successful_attacks) == (None, None)
+    assert measure(Bright(), images, triggers=[faint, full]).reversed_attacks == Attacks(4, 4)
+    assert measure(Bright(), numbered(1, 1), triggers=[full]).reversed_attacks is None
 
 
 @pytest.mark.parametrize(("target", "attack"), [(2, 1.0), (None, 0.0)])

@@ -112,6 +112,11 @@ def test_a_goodnet_is_known_by_its_content(file, tmp_path):
     assert not is_goodnet(Artifact.read(tmp_path / "plain.onnx"))
 
 
+def test_the_file_says_nothing_of_where_it_was_made(content):
+    assert b".py" not in content
+    assert b"forward" not in content
+
+
 def test_tensors_in_other_files_are_refused(file, tmp_path):
     model = onnx.load_model(file)
     tensor = model.graph.initializer[0]

@@ -5,7 +5,8 @@ import pytest
 from backdoorscan import policy
 from backdoorscan.errors import ExitCode
 from backdoorscan.findings import Finding, Judgement, Verdict
-from backdoorscan.report import CandidateRow, Cost, RepairReport, Scores
+from backdoorscan.measured import CandidateRow, RepairReport, Scores
+from backdoorscan.report import Cost
 
 
 def judged(*p_values, p_value=1.0) -> Judgement:
@@ -82,7 +83,7 @@ REPORT = RepairReport(
     poisoned=None,
     method="prune",
     options={},
-    before=Scores(1.0, 1.0),
+    before=Scores(1.0, 1.0, macro_precision=1.0),
     candidates=[],
 )
 
@@ -99,5 +100,5 @@ REPORT = RepairReport(
     ],
 )
 def test_repair_exit_code(rates, code):
-    rows = [CandidateRow("x", "repaired", Scores(0.9, rate), {}, []) for rate in rates]
+    rows = [CandidateRow("x", "repaired", Scores(0.9, rate, macro_precision=0.9), {}, []) for rate in rates]
     assert policy.repair_exit_code(replace(REPORT, candidates=rows)) is code

@@ -1,6 +1,7 @@
 """The verb *repair* on small files."""
 
 import json
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import torch
 
 from backdoorscan import evaluate, policy, repair
 from backdoorscan.errors import ExitCode, MethodError, OutputError, UnknownNameError, UsageError
-from backdoorscan.findings import Finding
+from backdoorscan.findings import Finding, Verdict
+from backdoorscan.images import LabelledImages
 from backdoorscan.plugin.method import option
 from backdoorscan.plugin.repairer import Candidate, Repairer
 from backdoorscan.repairing import RepairOptions
@@ -46,6 +48,30 @@ class Unwilling(Mend):
         raise MethodError("Not on this one.")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Pupil(Mend):
+    """Learns from poisoned images."""
+
+    id = "pupil"
+    needs_triggers = True
+    poisoned = "images"
+
+    def repair(self, classifier, images, findings, context):
+        known = context.poisoned
+        labels = None if known is None else known.labels.tolist()
+        (candidate,) = super().repair(classifier, images, findings, context)
+        return [replace(candidate, facts={"findings": len(findings), "labels": labels})]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Strict(Pupil):
+    """Learns from poisoned images with their true labels."""
+
+    id = "strict"
+    poisoned = "true labels"
+    auto = ({},)
+
+
 @pytest.fixture
 def mended(model_file, registry_of, tmp_path):
     """``mended(method, ...)``: the report of a repair into ``tmp_path / 'out'``."""
@@ -55,13 +81,13 @@ def mended(model_file, registry_of, tmp_path):
         return repair(
             file.path,
             file.images,
-            file.poisoned if poisoned else None,
+            poisoned if isinstance(poisoned, LabelledImages) else file.poisoned if poisoned else None,
             file.read,
             RepairOptions(
                 **{"method": method, "settings": settings or {}, "output": tmp_path / "out", "rescan": False} | options
             ),
             findings=findings,
-            registry=registry_of(repairers=[Mend, Unwilling]),
+            registry=registry_of(repairers=[Mend, Unwilling, Pupil, Strict]),
         )
 
     return run
@@ -192,3 +218,111 @@ def test_a_repair_that_leaves_the_backdoor_in_is_told(mended):
     report = mended()
     kept = replace(report.candidates[0], scores=report.before)
     assert policy.repair_exit_code(replace(report, candidates=[kept])) is ExitCode.FOUND
+
+
+@pytest.fixture
+def scans(monkeypatch):
+    """The scans that a repair makes, none of which finds anything."""
+    made = []
+
+    def look_again(*arguments):
+        made.append(arguments)
+        return Verdict.CLEAN, [], 0
+
+    monkeypatch.setattr("backdoorscan.comparing.look_again", look_again)
+    return made
+
+
+@pytest.fixture
+def truly_labelled(model_file):
+    """Poisoned images under the labels they have without the trigger."""
+    file = model_file(2)
+    labels = file.images.labels[file.images.labels != 2]
+    return LabelledImages(file.poisoned.pixels, labels, "true labels")
+
+
+def test_poisoned_images_to_learn_from_save_the_scan(mended, scans, truly_labelled):
+    (row,) = mended("pupil", findings=None).candidates
+    assert (len(scans), row.facts["labels"]) == (1, None)
+    report = mended("pupil", findings=None, learn_from_poisoned=True, force=True)
+    (row,) = report.candidates
+    assert (len(scans), row.facts) == (1, {"findings": 0, "labels": [2] * 24})
+    assert report.poisoned["count"] == row.scores.successful_attacks + row.scores.unsuccessful_attacks == 24
+    settings = {"findings": None, "learn_from_poisoned": True, "force": True}
+    (row,) = mended("strict", poisoned=truly_labelled, target=2, **settings).candidates
+    assert len(scans) == 1
+    assert set(row.facts["labels"]) == {0, 1, 3, 4}
+
+
+def test_auto_hides_images_from_a_method_that_needs_other_labels(mended, scans, truly_labelled):
+    settings = {"findings": None, "learn_from_poisoned": True, "force": True}
+    (row,) = mended("auto", **settings).candidates
+    assert (row.method, row.facts["labels"], len(scans)) == ("strict", None, 1)
+    (row,) = mended("auto", poisoned=truly_labelled, target=2, **settings).candidates
+    assert (len(row.facts["labels"]), len(scans)) == (24, 1)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ("mend", {}, "mend does not learn from poisoned images"),
+        ("pupil", {"poisoned": False}, "no poisoned images to learn from"),
+        ("strict", {}, "only if their true labels are known"),
+        ("strict", {"target": 2}, "only if their true labels are known"),  # they are all 2
+    ],
+)
+def test_poisoned_images_that_cannot_be_learnt_from(mended, tmp_path, method, options, message):
+    with pytest.raises(UsageError, match=message):
+        mended(method, learn_from_poisoned=True, **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_unlearning_takes_the_true_labels(model_file, truly_labelled, scans, tmp_path):
+    file = model_file(2)
+    settings = {"sample": 3200, "batch_size": 16, "rate": 0.03}
+    options = RepairOptions(
+        method="unlearn",
+        settings=settings,
+        output=tmp_path / "out",
+        learn_from_poisoned=True,
+        target=2,
+        rescan=False,
+    )
+    report = repair(file.path, file.images, truly_labelled, file.read, options)
+    (row,) = report.candidates
+    assert scans == []
+    assert (report.before.successful_attacks, report.before.unsuccessful_attacks) == (24, 0)
+    assert row.facts["poisoned_images"] == 24
+    assert row.scores.attack_success_rate <= 0.1
+    assert row.scores.clean_accuracy >= 0.9
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "options"),
+    [
+        ("prune", {"drop": "2,"}, {}),
+        ("unlearn", {"rounds": 1, "sample": 320}, {}),
+        ("retrain", {"steps": 10, "head_steps": 10}, {"learn_from_poisoned": True}),
+    ],
+)
+def test_the_same_seed_gives_the_same_report_and_the_same_files(model_file, tmp_path, method, settings, options):
+    file = model_file(2)
+    out = tmp_path / "out"
+    options = RepairOptions(method=method, settings=settings, output=out, seed=7, **options)
+    reports, contents = [], []
+    for _ in range(2):
+        data = repair(file.path, file.images, file.poisoned, file.read, options).to_json()
+        for measured in ("wall_seconds", "cpu_seconds", "peak_memory_mb"):
+            del data["cost"][measured]
+        reports.append(json.dumps(data, sort_keys=True))
+        contents.append({path.name: path.read_bytes() for path in out.iterdir()})
+        shutil.rmtree(out)
+    assert reports[0] == reports[1]
+    assert contents[0] == contents[1]
+    assert contents[0].keys() == {Path(name).name for row in data["candidates"] for name in row["files"]}
+
+
+def test_a_repair_that_fails_leaves_no_folders_behind(mended, tmp_path):
+    with pytest.raises(MethodError):
+        mended("unwilling", output=tmp_path / "a" / "b" / "out")
+    assert not (tmp_path / "a").exists()

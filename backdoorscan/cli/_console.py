@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from backdoorscan.errors import OutputError
+from backdoorscan.files import write_whole
 
 if TYPE_CHECKING:
     from backdoorscan.report import Report
@@ -81,15 +82,7 @@ class Terminal:
             sys.stdout.flush()
             return
         text = component().render(report, reporter.Terminal())
-        temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
-        try:
-            try:
-                temporary.write_text(text, encoding="utf-8")
-                temporary.replace(output)
-            finally:
-                temporary.unlink(missing_ok=True)
-        except OSError as error:
-            raise OutputError(f"Cannot write {output}.", why=str(error)) from error
+        write_whole(output, text.encode())
         self.say(f"wrote {output}")
 
     @staticmethod

@@ -59,7 +59,7 @@ def repair(
         bool,
         typer.Option(
             "--learn-from-poisoned",
-            help="Give half of the poisoned images to the method (retrain); the other half measures.",
+            help="Give half of the poisoned images to the method (retrain, unlearn); the rest measures.",
             rich_help_panel=MEASURING,
         ),
     ] = False,

@@ -14,6 +14,7 @@ from backdoorscan.demo.digits import NUM_CLASSES, load_digits
 from backdoorscan.demo.keras_writer import write_keras
 from backdoorscan.demo.training import accuracy, fit
 from backdoorscan.errors import OutputError
+from backdoorscan.files import whole_file
 from backdoorscan.images import LabelledImages
 
 __all__ = ["DemoFiles", "make_demo"]
@@ -101,13 +102,9 @@ def _prepare(folder: Path, force: bool) -> None:
 
 def _write(path: Path, write: Callable[[Path], None]) -> Path:
     """Let ``write`` fill a temporary file and put it at ``path`` once it is complete."""
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        try:
-            write(partial)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        with whole_file(path) as place:
+            write(place)
     except OSError as err:
         raise OutputError(f"{path} cannot be written.", why=err.strerror or str(err)) from err
     return path

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from backdoorscan.artifact import Artifact
 from backdoorscan.classifier import Classifier, InputConvention
 from backdoorscan.errors import ArtifactError, MethodError, UnsafeModelError
+from backdoorscan.files import whole_file
 from backdoorscan.goodnet import GoodNet, RejectingNet
 
 _KEY = "backdoorscan.goodnet"
@@ -75,6 +75,7 @@ def write_goodnet(goodnet: GoodNet | RejectingNet, path: Path) -> None:
     if program is None:
         raise MethodError("The GoodNet could not be exported to ONNX.")
     model = program.model_proto
+    _forget_origin(model)
     description = {
         "num_classes": goodnet.num_classes,
         "input_shape": classifier.input_shape,
@@ -91,12 +92,22 @@ def write_goodnet(goodnet: GoodNet | RejectingNet, path: Path) -> None:
             why=f"The largest difference is {difference:.3g}.",
             hint="Please report this with the model's architecture.",
         )
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(data)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_file(path) as place:
+        place.write_bytes(data)
+
+
+def _forget_origin(message: Message) -> None:
+    """Remove what the exporter notes in passing.
+
+    It is where in the sources each node comes from, with paths of this machine and a running number: nobody's business,
+    and different in every run.
+    """
+    for field, value in message.ListFields():
+        if field.name == "metadata_props":
+            message.ClearField(field.name)
+        elif field.type == field.TYPE_MESSAGE:
+            for part in value if field.is_repeated else (value,):
+                _forget_origin(part)
 
 
 def file_input(convention: InputConvention, native_shape: tuple[int, ...], pixels: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -15,6 +14,7 @@ import torch
 
 from backdoorscan.classifier import Classifier, logits, to_tensor
 from backdoorscan.errors import ImagesError, OutputError
+from backdoorscan.files import write_whole
 from backdoorscan.findings import Finding
 from backdoorscan.formats.images import load_images
 from backdoorscan.formats.images.hdf5 import is_hdf5, safe_datasets
@@ -54,15 +54,7 @@ def save_triggers(triggers: Sequence[Trigger], path: Path) -> None:
             file.create_dataset("pattern", data=patterns, compression="gzip")
     else:
         raise OutputError(f"{path}: triggers are saved as .npz or .h5.")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        try:
-            temporary.write_bytes(buffer.getvalue())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise OutputError(f"Cannot write {path}.", why=str(error)) from error
+    write_whole(path, buffer.getvalue())
 
 
 def load_triggers(path: Path, classifier: Classifier, images: LabelledImages) -> list[Finding]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from backdoorscan.classifier import Classifier
 from backdoorscan.findings import Finding
@@ -37,12 +37,16 @@ class Repairer(Method, ABC):
     """Takes a backdoor out of a classifier, or makes it harmless.
 
     Attributes:
-        needs_triggers: Whether it works only with findings that carry reversed triggers.
+        needs_triggers: Whether it works only with findings that carry reversed triggers, unless it is given poisoned
+            images.
+        poisoned: What it makes of known poisoned images: nothing; or it learns from them, whatever their labels, or
+            only if these are the true ones. Only a method that can learn from them finds them in ``Context.poisoned``.
         held_out: Share of the clean images kept from the method, to measure with; 0 if it may see all.
         auto: Settings under which ``--method auto`` tries it; none to be left out.
     """
 
     needs_triggers: ClassVar[bool] = False
+    poisoned: ClassVar[Literal["ignored", "images", "true labels"]] = "ignored"
     held_out: ClassVar[float] = 0.25
     auto: ClassVar[Sequence[Mapping[str, Any]]] = ()
 

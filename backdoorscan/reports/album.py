@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING
 
 from backdoorscan.errors import OutputError
 from backdoorscan.findings import Finding
-from backdoorscan.report import CandidateRow, DetectorRun, EvaluationReport, ModelRun, RepairReport, Report, ScanReport
+from backdoorscan.measured import EvaluationReport, RepairReport
+from backdoorscan.report import DetectorRun, ModelRun, Report, ScanReport
 from backdoorscan.reports import figures
 from backdoorscan.reports.evidence import SHOWN, finite, label_rows, shown_rows
+from backdoorscan.reports.outcome import network_name
 from backdoorscan.reports.pictures import grey, samples
 from backdoorscan.reports.style import styled
 from backdoorscan.reports.words import ranges
@@ -92,14 +94,10 @@ def repair_charts(report: RepairReport) -> Iterator[Chart]:
     yield Chart(
         "before-after",
         "Before and after",
-        "Clean accuracy should stay, attack success should fall to nearly nothing, false rejects should be rare.",
+        "Clean accuracy should stay, the success of true attacks and of reversed triggers should fall to nearly "
+        "nothing, false rejects should be rare.",
         partial(figures.scores, networks[: SHOWN + 1]),
     )
-
-
-def network_name(row: CandidateRow) -> str:
-    """A candidate as people call it."""
-    return f"{'GoodNet' if row.kind == 'goodnet' else 'B′'} {row.name}"
 
 
 def evaluation_charts(report: EvaluationReport) -> Iterator[Chart]:

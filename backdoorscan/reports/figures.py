@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from backdoorscan.report import Scores
+from backdoorscan.measured import Scores
 from backdoorscan.reports.evidence import LabelRow, finite
 from backdoorscan.reports.pictures import mask_pixels, stamped_pixels, trigger_pixels
 from backdoorscan.reports.style import COLOURS, in_style
@@ -187,10 +187,11 @@ def predictions(rows: Sequence[LabelRow]) -> Figure:
 
 @in_style
 def scores(networks: Sequence[tuple[str, Scores]]) -> Figure:
-    """Clean accuracy, attack success and false rejects of each network."""
+    """Clean accuracy, success of true attacks and of reversed triggers, and false rejects of each network."""
     every = (
         ("clean accuracy", "clean_accuracy", "accent"),
-        ("attack success", "attack_success_rate", "bad"),
+        ("true attack success", "attack_success_rate", "bad"),
+        ("success of reversed triggers", "reversed_success_rate", "bar"),
         ("false rejects", "false_reject_rate", "warn"),
     )
     kinds = [kind for kind in every if any(finite(getattr(s, kind[1])) is not None for _, s in networks)]

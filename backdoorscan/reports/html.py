@@ -6,8 +6,9 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from backdoorscan.measured import EvaluationReport, RepairReport
 from backdoorscan.plugin.reporter import Reporter, Terminal
-from backdoorscan.report import EvaluationReport, RepairReport, Report, ScanReport
+from backdoorscan.report import Report, ScanReport
 from backdoorscan.reports.words import visible
 
 if TYPE_CHECKING:

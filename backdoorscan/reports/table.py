@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Iterator, Sequence
 
 from rich import box
@@ -11,9 +12,12 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from backdoorscan.findings import Verdict
+from backdoorscan.measured import CandidateRow, EvaluationReport, RepairReport, Scores
 from backdoorscan.plugin.reporter import Reporter, Terminal
-from backdoorscan.report import CandidateRow, EvaluationReport, ModelRun, RepairReport, Report, ScanReport, Scores
+from backdoorscan.report import ModelRun, Report, ScanReport
+from backdoorscan.reports.columns import REVERSED_ATTACKS, TRUE_ATTACKS, columns, reversed_attacks, true_attacks
 from backdoorscan.reports.drawing import WIDEST, draw, place
+from backdoorscan.reports.outcome import network_name, outcome
 from backdoorscan.reports.words import visible
 
 _STYLE = {Verdict.CLEAN: "bold green", Verdict.BACKDOORED: "bold red", Verdict.INCONCLUSIVE: "bold yellow"}
@@ -153,28 +157,35 @@ def _labels(run: ModelRun) -> Iterator[RenderableType]:
 
 def _repair(report: RepairReport) -> Iterator[RenderableType]:
     yield Text(visible(f"{report.model['path']}  repaired by {report.method}"))
-    # Columns that nothing was measured for would only take room.
-    columns = {
-        "attack success": "attack_success_rate",
-        "reversed triggers": "reversed_success_rate",
-        "false rejects": "false_reject_rate",
-        "caught": "caught_rate",
-    }
     measured = [report.before, *(row.scores for row in report.candidates)]
-    shown = {title: key for title, key in columns.items() if any(getattr(s, key) is not None for s in measured)}
+    shown = columns(measured)
+    for title in (TRUE_ATTACKS, REVERSED_ATTACKS):
+        shown.pop(title, None)  # in lines of their own: the table is wide enough
+    pruned = any("channels_pruned" in row.facts for row in report.candidates)
     verdicts = any(row.verdict for row in report.candidates)
-    table = _table("network", "pruned", "clean accuracy", *shown, *(["scanned again"] if verdicts else []))
+    parts = (["pruned"] if pruned else [], [_narrow("scanned again")] if verdicts else [])
+    table = _table("network", *parts[0], *map(_narrow, shown), *parts[1])
 
-    def add(name: str, pruned: str, scores: Scores, verdict: str) -> None:
-        rates = [_percent(getattr(scores, key)) for key in shown.values()]
-        table.add_row(visible(name), pruned, _percent(scores.clean_accuracy), *rates, *([verdict] if verdicts else []))
+    def add(name: str, channels: str, scores: Scores, verdict: str) -> None:
+        rates = [cell(scores) for cell in shown.values()]
+        table.add_row(visible(name), *([channels] if pruned else []), *rates, *([verdict] if verdicts else []))
 
     add("B, as it came", "", report.before, "")
     for row in report.candidates:
-        name = f"{'GoodNet' if row.kind == 'goodnet' else 'B′'} {row.name}"
         over = "" if row.within_budget is not False else " (over budget)"
-        add(name + over, _pruned(row), row.scores, str(row.verdict or ""))
+        add(network_name(row) + over, _pruned(row), row.scores, str(row.verdict or ""))
     yield table
+    result = outcome(report)
+    yield Text(result.title, style={"good": "bold green", "bad": "bold red"}.get(result.kind, "bold"))
+    for line in result.lines:
+        yield Text(visible(line))
+    networks = [("B", report.before), *((network_name(row), row.scores) for row in report.candidates)]
+    if report.before.successful_attacks is not None:
+        counts = ", ".join(f"{name} {true_attacks(scores)}" for name, scores in networks)
+        yield Text(visible(f"true attacks that succeed: {counts}"), style="dim")
+    if report.before.reversed_attacks:
+        counts = ", ".join(f"{name} {reversed_attacks(scores.reversed_attacks)}" for name, scores in networks)
+        yield Text(visible(f"attacks of the reversed triggers, as they are, that succeed: {counts}"), style="dim")
     which = {"held out": " that the method did not see", "test": " of the test set"}.get(report.measured_on, "")
     yield Text(
         f"measured on {report.measured or report.images['count']} clean images{which}"
@@ -192,15 +203,9 @@ def _repair(report: RepairReport) -> Iterator[RenderableType]:
 
 def _evaluation(report: EvaluationReport) -> Iterator[RenderableType]:
     yield Text(visible(str(report.model["path"])))
-    table = _table("network", "clean accuracy", "attack success", "false rejects", "caught")
-    scores = report.scores
-    table.add_row(
-        str(report.model["kind"]),
-        _percent(scores.clean_accuracy),
-        _percent(scores.attack_success_rate),
-        _percent(scores.false_reject_rate),
-        _percent(scores.caught_rate),
-    )
+    shown = columns([report.scores])
+    table = _table("network", *map(_narrow, shown))
+    table.add_row(visible(str(report.model["kind"])), *(cell(report.scores) for cell in shown.values()))
     yield table
     yield Text(f"measured on {report.images['count']} clean images" + _poisoned_note(report.poisoned), style="dim")
 
@@ -221,6 +226,11 @@ def _table(*columns: str, title: str | None = None) -> RichTable:
     for position, column in enumerate(columns):
         table.add_column(column, justify="left" if position == 0 else "right")
     return table
+
+
+def _narrow(title: str) -> str:
+    """A title over several lines, which leaves the width to the names of the networks."""
+    return textwrap.fill(title, 10)
 
 
 def _percent(rate: float | None) -> str:

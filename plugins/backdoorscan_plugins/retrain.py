@@ -81,7 +81,7 @@ class Retrain(RejectingRepairer):
     )
 
     needs_triggers = True
-
+    poisoned = "images"
     auto = ({},)
 
     jitter: int = option(0, help="Reversed triggers are moved by up to this many pixels.", minimum=0)

@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from backdoorscan import graph, hookimpl
 from backdoorscan.classifier import Classifier, logits, to_tensor
@@ -45,11 +46,16 @@ class Unlearn(Repairer):
     With ``labels=soft`` the network learns, in place of the true labels, what the original network says about the same
     image without the trigger, on images moved by a pixel and blended. That costs less accuracy where clean images
     are few.
+
+    Known poisoned images with their true labels are mixed in where there are any: they are the images that carry a
+    trigger, or half of those where findings carry reversed triggers as well. Without reversed triggers nothing is
+    reversed again, and the rounds end when the attack is forgotten.
     """
 
     id = "unlearn"
     paper = _PAPER
     needs_triggers = True
+    poisoned = "true labels"
     auto = ({"labels": "soft", "opacity": 2.0, "rounds": 2, "sample": 8000},)
 
     epochs: int = option(1, help="Epochs per round.", minimum=1)
@@ -59,37 +65,56 @@ class Unlearn(Repairer):
     batch_size: int = option(32, help="Images per step.", minimum=2)
     rate: float = option(0.01, help="Size of a step relative to the size of the weights.", minimum=1e-6, maximum=1)
     opacity: float = option(1.0, help="Masks are made stronger by up to this factor.", minimum=1, maximum=10)
-    left_over: float = option(0.02, help="Success of the old triggers, doubled, that ends it.", minimum=0, maximum=1)
+    left_over: float = option(
+        0.02, help="Success of the old triggers, doubled, and of known attacks that ends it.", minimum=0, maximum=1
+    )
     labels: Literal["true", "soft"] = option("true", help="Learn the true labels, or the original's probabilities.")
 
     def repair(
         self, classifier: Classifier, images: LabelledImages, findings: Sequence[Finding], context: Context
     ) -> Sequence[Candidate]:
         """One candidate."""
-        triggers = reversed_triggers(self.id, findings)
+        attacks = _attacks(classifier, context.poisoned)
+        triggers = reversed_triggers(self.id, findings) if attacks is None else _carried(findings)
         targets = sorted({trigger.target for trigger in triggers})
         repaired = classifier.clone()
         steps = max(1, self.epochs * self.sample // self.batch_size)
         used = done = 0
         for done in range(1, self.rounds + 1):
             generator = context.generator(self.id, done)
-            batches = self._batches(classifier, images, triggers, generator)
+            batches = self._batches(classifier, images, triggers, context.poisoned, generator)
             rate = self.rate if done == 1 else self.rate / 2
             used += fine_tune(repaired, batches, steps, rate, progress=context.progress)
             if done == self.rounds:
                 break
-            again, flagged, samples = _reverse_again(
-                repaired, images, targets, replace(context, seed=context.seed + done)
-            )
-            used += samples
-            if done > 1 and not flagged and _left_over(classifier, repaired, images, triggers) <= self.left_over:
+            again: list[Trigger] = []
+            flagged = False
+            if triggers:
+                again, flagged, samples = _reverse_again(
+                    repaired, images, targets, replace(context, seed=context.seed + done)
+                )
+                used += samples
+            # New triggers are unlearned once before anything is taken for forgotten.
+            forgotten = not flagged and (done > 1 or not triggers)
+            if forgotten and _left_over(classifier, repaired, images, triggers, attacks) <= self.left_over:
                 break
             triggers = [*triggers, *again]
-        facts = {"rounds": done, "triggers": len(triggers), "targets": targets, "gradient_samples": used}
+        facts = {
+            "rounds": done,
+            "triggers": len(triggers),
+            "poisoned_images": 0 if context.poisoned is None else len(context.poisoned),
+            "targets": targets,
+            "gradient_samples": used,
+        }
         return [Candidate("unlearned", repaired, facts)]
 
     def _batches(
-        self, original: Classifier, images: LabelledImages, triggers: Sequence[Trigger], generator: torch.Generator
+        self,
+        original: Classifier,
+        images: LabelledImages,
+        triggers: Sequence[Trigger],
+        poisoned: LabelledImages | None,
+        generator: torch.Generator,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         pixels, labels = to_tensor(images.pixels), torch.from_numpy(images.labels)
         for index in shuffled(len(pixels), self.batch_size, generator):
@@ -99,8 +124,19 @@ class Unlearn(Repairer):
                     targets = original(batch).softmax(1)
             else:
                 batch, targets = moved(pixels[index], generator), labels[index]
+            known = 0
             count = max(1, round(self.ratio * len(batch)))
-            yield stamp_some(batch, triggers, count, generator, opacity=self.opacity), targets
+            if poisoned is not None:
+                known = (count + 1) // 2 if triggers else count
+                drawn = torch.randint(len(poisoned), (known,), generator=generator).numpy()
+                true = torch.from_numpy(poisoned.labels[drawn])
+                if self.labels == "soft":
+                    true = one_hot(true, original.num_classes).to(targets.dtype)
+                batch = torch.cat((batch[: len(batch) - known], to_tensor(poisoned.pixels[drawn])))
+                targets = torch.cat((targets[: len(batch) - known], true))
+            if count > known:
+                batch = stamp_some(batch, triggers, count - known, generator, opacity=self.opacity)
+            yield batch, targets
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,13 +203,39 @@ def reversed_triggers(method: str, findings: Sequence[Finding]) -> list[Trigger]
     Raises:
         MethodError: None does.
     """
-    triggers = [finding.trigger for finding in findings if finding.trigger is not None]
+    triggers = _carried(findings)
     if not triggers:
         raise MethodError(
             f"{method} needs reversed triggers, and no finding carries one.",
             hint="Scan with neural-cleanse first, or pass --triggers.",
         )
     return triggers
+
+
+def _carried(findings: Sequence[Finding]) -> list[Trigger]:
+    return [finding.trigger for finding in findings if finding.trigger is not None]
+
+
+def _attacks(classifier: Classifier, poisoned: LabelledImages | None) -> tuple[Tensor, Tensor] | None:
+    """The known images (N, C, H, W) that the network gets wrong, and the classes (N,) it is led to.
+
+    Raises:
+        MethodError: The labels are those that the attack leads to, or the attack does not work.
+    """
+    if poisoned is None:
+        return None
+    pixels, labels = to_tensor(poisoned.pixels), torch.from_numpy(poisoned.labels)
+    answers = logits(classifier, pixels).argmax(1)
+    wrong = answers != labels
+    # Learning the target label for poisoned images would plant the backdoor anew.
+    one_label = len(labels.unique()) == 1 and int(answers.mode().values) == int(labels[0])
+    if one_label or not bool(wrong.any()):
+        raise MethodError(
+            f"The labels of {poisoned.source} are what the network answers.",
+            why="To unlearn a trigger, images that carry it are needed with the labels they would have without it.",
+            hint="Pass images with their true labels and --target, or leave out --learn-from-poisoned.",
+        )
+    return pixels[wrong], answers[wrong]
 
 
 def _reverse_again(
@@ -194,9 +256,16 @@ def _reverse_again(
 
 @torch.no_grad()
 def _left_over(
-    original: Classifier, repaired: Classifier, images: LabelledImages, triggers: Sequence[Trigger]
+    original: Classifier,
+    repaired: Classifier,
+    images: LabelledImages,
+    triggers: Sequence[Trigger],
+    attacks: tuple[Tensor, Tensor] | None,
 ) -> float:
-    """On how many more images the triggers, at twice their strength, succeed than the target is seen in without."""
+    """The largest success of the triggers, at twice their strength, and of the known attacks.
+
+    Of a trigger: on how many more images it succeeds than its target is seen in without it.
+    """
     pixels, labels = to_tensor(images.pixels), torch.from_numpy(images.labels)
     rates = []
     for trigger in triggers:
@@ -205,6 +274,9 @@ def _left_over(
         hits = (logits(repaired, doubled.stamp(others)).argmax(1) == trigger.target).double().mean()
         natural = (logits(original, others).argmax(1) == trigger.target).double().mean()
         rates.append(float(hits - natural))
+    if attacks is not None:
+        victims, answers = attacks
+        rates.append(accuracy(logits(repaired, victims).argmax(1), answers))
     return max(rates)
 
 

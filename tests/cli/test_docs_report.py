@@ -18,7 +18,8 @@ import pytest
 
 from backdoorscan import errors
 from backdoorscan.errors import ExitCode
-from backdoorscan.report import EvaluationReport, RepairReport, ScanReport
+from backdoorscan.measured import EvaluationReport, RepairReport
+from backdoorscan.report import ScanReport
 
 ROOT = Path(__file__).parents[2]
 MANUAL = (ROOT / "docs" / "report.md").read_text(encoding="utf-8")

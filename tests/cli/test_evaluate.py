@@ -91,7 +91,10 @@ def test_table(candidates: Any, demo: DemoFiles, cli: Cli) -> None:
     lines = result.out.splitlines()
     assert (result.code, result.err, lines[0]) == (0, "", row["files"][0])
     (cells,) = (line.split() for line in lines if line.startswith(" goodnet"))
-    assert cells == ["goodnet", *(f"{row[rate]:.2%}" for rate in RATES)]
+    attacks = [str(row["successful_attacks"]), "of", "339"]
+    names = ("clean_accuracy", "macro_precision", "attack_success_rate", "false_reject_rate", "caught_rate")
+    accuracy, precision, success, *others = (f"{row[name]:.2%}" for name in names)
+    assert cells == ["goodnet", accuracy, precision, success, *attacks, *others]
     assert lines[-1] == "measured on 380 clean images and 339 poisoned ones"
 
 

@@ -145,9 +145,12 @@ def test_goodnet_takes_the_original_input_and_scores_as_the_table_says(
         "false_reject_rate": (classes == 10).mean(),
         "attack_success_rate": (of_poisoned == target).mean(),
         "caught_rate": (of_poisoned == 10).mean(),
+        "macro_precision": np.mean([(labels[classes == k] == k).mean() for k in range(10)]),
     }
     assert measured == pytest.approx({key: row[key] for key in measured}, abs=0.003)
     assert row["caught_rate"] > 0.9
+    assert row["successful_attacks"] == round(row["attack_success_rate"] * len(target))
+    assert row["successful_attacks"] + row["unsuccessful_attacks"] == len(target)
 
 
 @pytest.mark.parametrize("count", [1, 2, 7])
@@ -180,6 +183,7 @@ def test_table(demo: DemoFiles, cli: Cli, elsewhere: Path) -> None:
     assert rows[1].split()[2] == "1/40"
     assert rows[4].split()[2] == "3/40"
     assert "measured on 100 clean images; no poisoned images were given" in lines
+    assert "Repaired, attack not measured" in lines
     written = sorted(path.relative_to(elsewhere) for path in elsewhere.glob("model-repaired/*"))
     assert sorted(line.removeprefix("wrote ") for line in lines[-4:]) == [str(path) for path in written]
     assert "\x1b" not in result.out
@@ -257,6 +261,8 @@ def test_repair_is_scanned_again_and_worked_from_a_stored_scan(
     validate(report)
     assert report["findings"] == scanned.json["runs"][0]["findings"]
     assert report["poisoned"] is report["before"]["attack_success_rate"] is None
+    assert report["before"]["successful_attacks"] is None
+    assert report["before"]["reversed_attacks"]["successful"] > report["before"]["reversed_attacks"]["unsuccessful"]
     assert report["before"]["reversed_success_rate"] > 0.8
     rows = {row["kind"]: row for row in report["candidates"]}
     assert rows["repaired"]["reversed_success_rate"] <= 0.1
@@ -269,7 +275,7 @@ def test_a_stored_scan_saves_scanning(
     scanned: Any, demo: DemoFiles, cli: Cli, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (elsewhere / "scan.json").write_text(scanned.out)
-    monkeypatch.setattr("backdoorscan.repairing.look_again", None)  # who scans fails
+    monkeypatch.setattr("backdoorscan.comparing.look_again", None)  # who scans fails
     command = ["repair", demo.model, "--valid", demo.clean, "-m", "unlearn", "-O", "unlearn.rounds=1"]
     command += ["-O", "unlearn.sample=100", "--no-rescan", "-o", "out", "-f", "json"]
     assert cli(*command).code == ExitCode.ERROR

@@ -11,16 +11,8 @@ import pytest
 import torch
 
 from backdoorscan.findings import Finding, Verdict
-from backdoorscan.report import (
-    CandidateRow,
-    Cost,
-    DetectorRun,
-    EvaluationReport,
-    ModelRun,
-    RepairReport,
-    ScanReport,
-    Scores,
-)
+from backdoorscan.measured import CandidateRow, EvaluationReport, RepairReport, Scores
+from backdoorscan.report import Cost, DetectorRun, ModelRun, ScanReport
 from backdoorscan.trigger import Trigger
 
 COST = Cost(gradient_samples=16_088, wall_seconds=2.2, cpu_seconds=1.5, peak_memory_mb=467.0)
@@ -145,7 +137,20 @@ def scan_report(*runs: ModelRun, **changes: Any) -> ScanReport:
 
 def repair_report(after: float | None = 0.006, **changes: Any) -> RepairReport:
     facts = {"layer": "conv2d_6", "channels": 40, "channels_pruned": 20, "drop": 2.0}
-    goodnet = Scores(0.9289, after, 0.0579, 0.9912 if after is not None else None)
+
+    def attacked(rate: float | None) -> dict[str, Any]:
+        """The counts that go with a rate of 339 poisoned images."""
+        successful = None if rate is None else round(339 * rate)
+        return {
+            "attack_success_rate": rate,
+            "successful_attacks": successful,
+            "unsuccessful_attacks": None if successful is None else 339 - successful,
+        }
+
+    caught = None if after is None else 0.9912
+    goodnet = Scores(0.9289, false_reject_rate=0.0579, caught_rate=caught, macro_precision=0.9851, **attacked(after))
+    before = Scores(0.9816, macro_precision=0.9817, **attacked(None if after is None else 0.9971))
+    repaired = Scores(0.9342, macro_precision=0.9437, **attacked(after))
     values: dict[str, Any] = {
         "seed": 0,
         "versions": VERSIONS,
@@ -155,9 +160,9 @@ def repair_report(after: float | None = 0.006, **changes: Any) -> RepairReport:
         "poisoned": None if after is None else images(path="poisoned.h5", count=339),
         "method": "prune",
         "options": {"drop": (2.0, 4.0), "channels": (), "layer": ""},
-        "before": Scores(0.9816, None if after is None else 0.9971),
+        "before": before,
         "candidates": [
-            CandidateRow("X=2", "repaired", Scores(0.9342, after), facts, ["out/model_X=2.h5"]),
+            CandidateRow("X=2", "repaired", repaired, facts, ["out/model_X=2.h5"]),
             CandidateRow("X=2", "goodnet", goodnet, facts, ["out/model_X=2.goodnet.onnx"]),
         ],
     }
@@ -173,7 +178,15 @@ def evaluation_report(**changes: Any) -> EvaluationReport:
         "images": images(),
         "poisoned": images(path="poisoned.h5", count=339),
         "target_label": TARGET,
-        "scores": Scores(0.9289, 0.006, 0.0579, 0.9912),
+        "scores": Scores(
+            0.9289,
+            0.006,
+            0.0579,
+            0.9912,
+            macro_precision=0.9851,
+            successful_attacks=2,
+            unsuccessful_attacks=337,
+        ),
     }
     return EvaluationReport(**{**values, **changes})
 

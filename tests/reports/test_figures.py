@@ -62,11 +62,12 @@ def test_tables_do_not_import_matplotlib() -> None:
 import sys
 from backdoorscan.plugin.reporter import Terminal
 from backdoorscan.registry import installed
-from backdoorscan.report import Cost, EvaluationReport, Scores
+from backdoorscan.measured import EvaluationReport, Scores
+from backdoorscan.report import Cost
 ids = [plugin.id for plugin in installed().of_kind("reporter")]
 assert "html" in ids, ids
 facts = {"path": "m", "kind": "classifier"}
-report = EvaluationReport(0, {}, Cost(), facts, {"count": 1}, None, None, Scores(1.0))
+report = EvaluationReport(0, {}, Cost(), facts, {"count": 1}, None, None, Scores(1.0, macro_precision=1.0))
 installed().find("reporter", "table").component().render(report, Terminal())
 import backdoorscan.reports.figures, backdoorscan.reports.album
 print({"matplotlib", "jinja2", "PIL"} & set(sys.modules))

@@ -12,10 +12,14 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
+from backdoorscan.errors import ExitCode
 from backdoorscan.findings import Finding, Verdict
+from backdoorscan.measured import Attacks, RepairReport, Scores
 from backdoorscan.plugin.reporter import Terminal
+from backdoorscan.policy import repair_exit_code
 from backdoorscan.report import DetectorRun, Report
 from backdoorscan.reports.html import Html
+from backdoorscan.reports.table import Table
 
 VOID = {"meta", "br", "img", "link", "input", "hr"}
 HOSTILE = "</title><script>alert(1)</script>\"'><img src=x onerror=alert(1)>{{ 7*7 }}$x^2$"
@@ -183,12 +187,63 @@ def test_without_a_usable_sample_triggers_are_stamped_on_grey(sample: object, ma
 def test_repair_names_the_best_network_and_the_cost(make: SimpleNamespace) -> None:
     shown = page(make.repair()).shown
     assert "The attack is broken" in shown
-    assert "B′ X=2 does best: attack success 99.71% before, 0.60% after" in shown
+    assert "B′ X=2 does best: true attack success 99.71% before, 0.60% after" in shown
+    assert "338 of 339" in shown
+    assert "94.37%" in shown
     assert "−4.74 points" in shown
     assert "out/model_X=2.goodnet.onnx" in shown
     assert "--method prune" in shown
     assert "The backdoor still works" in page(make.repair(after=0.9)).shown
     assert "attack not measured" in page(make.repair(after=None)).shown
+
+
+def test_a_repair_measured_by_reversed_triggers_alone_says_so(make: SimpleNamespace) -> None:
+    report = make.repair(after=None)
+
+    def with_reversed(after: float, hits: int) -> RepairReport:
+        def changed(scores: Scores, rate: float, successful: int) -> Scores:
+            return dataclasses.replace(
+                scores, reversed_success_rate=rate, reversed_attacks=Attacks(successful, 4_000 - successful)
+            )
+
+        rows = [dataclasses.replace(row, scores=changed(row.scores, after, hits)) for row in report.candidates]
+        return dataclasses.replace(report, before=changed(report.before, 0.985, 3_921), candidates=rows)
+
+    shown = page(with_reversed(0.004, 12)).shown
+    assert "The reversed triggers no longer work" in shown
+    assert "success of the reversed triggers 98.50% before, 0.40% after" in shown
+    assert "12 of 4,000" in shown
+    assert "true attack" not in shown.replace("the success of true attacks and of", "")  # what the chart says
+    text = Table().render(with_reversed(0.5, 1_900), Terminal(width=200))
+    assert "The reversed triggers still work" in text
+    assert (
+        "attacks of the reversed triggers, as they are, that succeed: B 3,921 of 4,000, B′ X=2 1,900 of 4,000" in text
+    )
+    assert "true attack " not in text
+
+
+@pytest.mark.parametrize(
+    ("after", "changes", "title"),
+    [
+        (0.006, {"verdict": Verdict.BACKDOORED}, "The second scan finds a backdoor"),
+        (None, {"verdict": Verdict.BACKDOORED}, "The second scan finds a backdoor"),
+        (0.006, {"within_budget": False}, "The repair costs more than the budget"),
+        (0.9, {"within_budget": False}, "The backdoor still works"),
+    ],
+)
+def test_why_a_repair_fails(after: float | None, changes: dict[str, object], title: str, make: SimpleNamespace) -> None:
+    report = make.repair(after=after)
+    failed = dataclasses.replace(report, candidates=[dataclasses.replace(row, **changes) for row in report.candidates])
+    assert repair_exit_code(failed) is ExitCode.FOUND
+    assert title in page(failed).shown
+    assert title in Table().render(failed, Terminal())
+
+
+def test_the_best_network_is_one_that_passes(make: SimpleNamespace) -> None:
+    report = make.repair()
+    first, second = report.candidates
+    changed = [dataclasses.replace(first, verdict=Verdict.BACKDOORED), second]
+    assert "GoodNet X=2 does best" in page(dataclasses.replace(report, candidates=changed)).shown
 
 
 def test_facts_that_only_some_candidates_have(make: SimpleNamespace) -> None:
@@ -202,6 +257,7 @@ def test_facts_that_only_some_candidates_have(make: SimpleNamespace) -> None:
 def test_evaluation(make: SimpleNamespace) -> None:
     shown = page(make.evaluation()).shown
     assert "92.89% of the clean images are classified correctly" in shown
+    assert "the true attack succeeds on 0.60% of the poisoned images (2 of 339)" in shown
     assert "backdoorscan evaluate model.h5" in shown
     assert "--target 1" in shown
 

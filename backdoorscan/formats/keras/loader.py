@@ -10,13 +10,14 @@ from torch import Tensor
 
 from backdoorscan.artifact import Artifact
 from backdoorscan.errors import ArtifactError, UsageError
+from backdoorscan.files import write_whole
 from backdoorscan.formats.keras.dialects import read_model
 from backdoorscan.formats.keras.hdf5 import is_hdf5
 from backdoorscan.formats.keras.network import BuiltNetwork, build
 from backdoorscan.formats.keras.parse import ParsedKeras, parse, parse_architecture
 from backdoorscan.formats.keras.spec import Shape
 from backdoorscan.formats.keras.weights import NamedGroups
-from backdoorscan.formats.keras.write import with_weights, write_atomically
+from backdoorscan.formats.keras.write import with_weights
 from backdoorscan.plugin.hookspecs import hookimpl
 from backdoorscan.plugin.loader import LoadedNetwork, Loader
 
@@ -68,7 +69,7 @@ class KerasH5(Loader):
             OutputError: The new file could not be written.
         """
         built = _built(_parsed(artifact, arch))
-        write_atomically(with_weights(artifact, built, weights), path)
+        write_whole(path, with_weights(artifact, built, weights), hint="Choose another path with --output.")
 
 
 def _parsed(artifact: Artifact, arch: str | None) -> ParsedKeras:

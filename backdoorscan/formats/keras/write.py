@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Mapping
-from pathlib import Path
 
 import h5py
 import numpy as np
 from torch import Tensor
 
 from backdoorscan.artifact import Artifact
-from backdoorscan.errors import ArtifactError, OutputError
+from backdoorscan.errors import ArtifactError
 from backdoorscan.formats.keras.network import BuiltNetwork
 
 
@@ -66,20 +64,3 @@ def _array(tensor: Tensor) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
 def _same_bits(a: Tensor, b: Tensor) -> bool:
     """Equality that holds for NaN too and tells 0 from -0."""
     return _array(a).tobytes() == _array(b).tobytes()
-
-
-def write_atomically(data: bytes, path: Path) -> None:
-    """Write a file that is either whole or not there.
-
-    Raises:
-        OutputError: The disk refused.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        try:
-            temporary.write_bytes(data)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise OutputError(f"Cannot write {path}.", why=str(error), hint="Choose another path with --output.") from error

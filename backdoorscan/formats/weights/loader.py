@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 
 from backdoorscan.artifact import Artifact
 from backdoorscan.errors import ArtifactError, UnsupportedModelError, UsageError
+from backdoorscan.files import write_whole
 from backdoorscan.formats.weights import arch as architectures
 from backdoorscan.formats.weights import checkpoint, store, tracing
 from backdoorscan.formats.weights.names import Fit, StateDict, find_state_dicts, fits
@@ -109,7 +110,8 @@ class _WeightsLoader(Loader):
             if not keys and not _is_absent_counter(name, fit):
                 raise _no_place(artifact, name, new, fit)
             wanted |= dict.fromkeys(keys, new)
-        store.replace_file(path, self._copy(artifact, content, fit.state.tensors, wanted))
+        data = self._copy(artifact, content, fit.state.tensors, wanted)
+        write_whole(path, data, hint="Check the folder and the free space.")
 
 
 class TorchStateDict(_WeightsLoader):

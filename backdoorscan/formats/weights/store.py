@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from backdoorscan.errors import ArtifactError, OutputError
+from backdoorscan.errors import ArtifactError
 from backdoorscan.formats.weights.checkpoint import safetensors_spans
 
 
@@ -92,22 +90,3 @@ def safetensors_copy(data: bytes, stored: Mapping[str, Tensor], wanted: Mapping[
         start, end = spans[key]
         copy[start:end] = new.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
     return bytes(copy)
-
-
-def replace_file(path: Path, data: bytes) -> None:
-    """Write a file at once: whoever opens ``path`` finds the old content or the new, never a part.
-
-    Raises:
-        OutputError: The folder or the disk does not allow it.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        try:
-            temporary.write_bytes(data)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise OutputError(
-            f"Cannot write {path}.", why=str(error), hint="Check the folder and the free space."
-        ) from error

@@ -1,0 +1,145 @@
+"""Repaired networks side by side: all measured, scanned again and written in the same way."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from backdoorscan.costing import Meter
+from backdoorscan.evaluating import measure, predictions
+from backdoorscan.findings import Finding, Verdict
+from backdoorscan.formats.goodnet import write_goodnet
+from backdoorscan.formats.loading import LoadedModel
+from backdoorscan.goodnet import GoodNet, RejectingNet
+from backdoorscan.images import LabelledImages
+from backdoorscan.measured import CandidateRow, Scores
+from backdoorscan.plugin.detector import MANY_CLASSES, labels_to_check
+from backdoorscan.plugin.method import Context
+from backdoorscan.plugin.repairer import Candidate, Repairer
+from backdoorscan.registry import Registry
+from backdoorscan.scanning import ScanOptions, look_again
+
+if TYPE_CHECKING:
+    from backdoorscan.repairing import RepairOptions
+
+
+@dataclass(frozen=True)
+class Network:
+    """A repaired network and the name of its file."""
+
+    name: str
+    network: nn.Module
+
+    def write(self, loaded: LoadedModel, place: Path) -> None:
+        """Write it into the folder ``place``: a GoodNet as ONNX, another in the format of the original.
+
+        Raises:
+            BackdoorscanError: It cannot be written.
+        """
+        if isinstance(self.network, GoodNet | RejectingNet):
+            write_goodnet(self.network, place / self.name)
+            return
+        weights: Mapping[str, Tensor] = self.network.get_submodule("network").state_dict()
+        loaded.loader.write(loaded.artifact, weights, place / self.name, arch=loaded.options.arch)
+
+
+class Bench:
+    """Measures networks, all in the same way.
+
+    Args:
+        loaded: The original network.
+        images: Clean images to measure on.
+        poisoned: Poisoned images to measure on.
+        options: How to repair.
+        meter: Told of the gradient samples used.
+        registry: Where detectors are found.
+
+    Attributes:
+        findings: Whose reversed triggers are tried on each network.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        images: LabelledImages,
+        poisoned: LabelledImages | None,
+        options: RepairOptions,
+        meter: Meter,
+        registry: Registry,
+    ) -> None:
+        self.loaded, self.images, self.poisoned = loaded, images, poisoned
+        self.options, self.meter, self.registry = options, meter, registry
+        self.findings: list[Finding] = []
+
+    def measure(self, network: nn.Module, rejects: int | None) -> Scores:
+        """What a network, or a GoodNet that answers ``rejects`` for "backdoored", does; see ``evaluating.measure``."""
+        triggers = [finding.trigger for finding in self.findings if finding.trigger is not None]
+        return measure(
+            network, self.images, self.poisoned, target=self.options.target, rejects=rejects, triggers=triggers
+        )
+
+    def scan(self, classifier: Any, images: LabelledImages, targets: Sequence[int]) -> tuple[Verdict, list[Finding]]:
+        """Scan a network; of many classes only the repaired ones and a few beside them."""
+        classes = self.loaded.classifier.num_classes
+        context = Context(seed=self.options.seed)
+        labels = labels_to_check(classes, targets, context) if targets else tuple(range(classes))
+        scan_options = ScanOptions(alpha=self.options.alpha, seed=self.options.seed)
+        verdict, findings, samples = look_again(classifier, images, labels, scan_options, self.registry)
+        self.meter.gradient_samples += samples
+        return verdict, findings
+
+    def rows(self, method: Repairer, candidate: Candidate, before: Scores) -> list[tuple[CandidateRow, Network]]:
+        """A candidate, and its GoodNet, measured."""
+        self.meter.gradient_samples += int(candidate.facts.get("gradient_samples", 0))
+        path = self.loaded.artifact.path
+        stem = f"{path.stem}_{candidate.name}"
+        networks: list[tuple[str, Network]]
+        if candidate.rejects:
+            networks = [("goodnet", Network(f"{stem}.goodnet.onnx", RejectingNet(candidate.classifier)))]
+        else:
+            networks = [("repaired", Network(stem + path.suffix, candidate.classifier))]
+            if candidate.goodnet or self.options.goodnet:
+                both = GoodNet(self.loaded.classifier, candidate.classifier)
+                networks.append(("goodnet", Network(f"{stem}.goodnet.onnx", both)))
+        rows = []
+        for kind, network in networks:
+            rejects = self.loaded.classifier.num_classes if kind == "goodnet" else None
+            scores = self.measure(network.network, rejects)
+            drop = 100 * (before.clean_accuracy - scores.clean_accuracy)
+            row = CandidateRow(
+                candidate.name,
+                kind,
+                scores,
+                candidate.facts,
+                files=(),
+                method=method.id,
+                worst_class=self._worst_class(network.network),
+                within_budget=None if self.options.max_drop is None else drop <= self.options.max_drop + 1e-9,
+            )
+            rows.append((self._scanned(row, network.network), network))
+        return rows
+
+    def _scanned(self, row: CandidateRow, network: nn.Module) -> CandidateRow:
+        targets = sorted({finding.target_label for finding in self.findings})
+        many = self.loaded.classifier.num_classes > MANY_CLASSES and not targets
+        if not self.options.rescan or many or isinstance(network, GoodNet):
+            return row
+        classifier = network.classifier if isinstance(network, RejectingNet) else network
+        verdict, findings = self.scan(classifier, self.images, targets)
+        return replace(row, verdict=verdict, flagged=[finding.target_label for finding in findings])
+
+    def _worst_class(self, network: nn.Module) -> dict[str, Any] | None:
+        labels = torch.from_numpy(self.images.labels)
+        was = predictions(self.loaded.classifier, self.images) == labels
+        now = predictions(network, self.images) == labels
+        losses = {
+            int(label): 100 * float(was[labels == label].double().mean() - now[labels == label].double().mean())
+            for label in labels.unique()
+        }
+        label, points = max(losses.items(), key=lambda item: item[1])
+        return {"label": label, "points": round(points, 2)} if points > 0 else None

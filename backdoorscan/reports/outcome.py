@@ -1,0 +1,91 @@
+"""What a repair came to, in words: of which success they speak, the true attack's or that of reversed triggers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from backdoorscan.findings import Verdict
+from backdoorscan.measured import CandidateRow, RepairReport, Scores
+from backdoorscan.policy import REPAIRED, is_repaired
+from backdoorscan.reports.words import percent
+
+TRUE = "true attack success"
+REVERSED = "success of the reversed triggers"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A repair in a heading and a few sentences.
+
+    Attributes:
+        kind: How good the news is: ``"good"``, ``"warn"`` or ``"bad"``.
+        title: The heading.
+        lines: What was measured, and what that means.
+        best: The network the lines speak of, or ``None`` where no attack was measured.
+        measure: Which success was measured: ``TRUE``, ``REVERSED``, or empty.
+    """
+
+    kind: str
+    title: str
+    lines: Sequence[str]
+    best: CandidateRow | None
+    measure: str
+
+
+def outcome(report: RepairReport) -> Outcome:
+    """What a repair came to."""
+    safe = [row for row in report.candidates if is_repaired(row)]
+    measure = _measure(report.before)
+    if not measure and safe:
+        text = "No poisoned images were given: the table shows what the repair costs, not what it gains."
+        return Outcome("warn", "Repaired, attack not measured", [text], None, "")
+    best = min(safe or report.candidates, key=lambda row: (success(row.scores) or 0.0) - row.scores.clean_accuracy)
+    lines = [_compared(report.before, best, measure)]
+    if measure == REVERSED:
+        lines.append("No poisoned images were given: what the true trigger does now was not measured.")
+    if not safe:
+        return Outcome("bad", _failure(best, measure), [*lines, "None of the networks written passes."], best, measure)
+    titles = {TRUE: "The attack is broken", REVERSED: "The reversed triggers no longer work"}
+    lines.append(f"A network counts as repaired up to {REPAIRED:.0%} {measure}.")
+    return Outcome("good", titles[measure], lines, best, measure)
+
+
+def _measure(before: Scores) -> str:
+    if before.attack_success_rate is not None:
+        return TRUE
+    return "" if before.reversed_success_rate is None else REVERSED
+
+
+def success(scores: Scores) -> float | None:
+    """The success that judges a network: that of poisoned images, or else that of reversed triggers."""
+    return scores.reversed_success_rate if scores.attack_success_rate is None else scores.attack_success_rate
+
+
+def _compared(before: Scores, row: CandidateRow, measure: str) -> str:
+    attack = ""
+    if measure:
+        attack = f"{measure} {percent(success(before))} before, {percent(success(row.scores))} after; "
+    return (
+        f"{network_name(row)} does best: {attack}clean accuracy {percent(before.clean_accuracy)} before, "
+        f"{percent(row.scores.clean_accuracy)} after ({points(row.scores.clean_accuracy - before.clean_accuracy)})."
+    )
+
+
+def _failure(best: CandidateRow, measure: str) -> str:
+    rate = success(best.scores)
+    if rate is not None and rate > REPAIRED:
+        return "The backdoor still works" if measure == TRUE else "The reversed triggers still work"
+    if best.verdict is Verdict.BACKDOORED:
+        return "The second scan finds a backdoor"
+    return "The repair costs more than the budget"
+
+
+def network_name(row: CandidateRow) -> str:
+    """A candidate as people call it."""
+    return f"{'GoodNet' if row.kind == 'goodnet' else 'B′'} {row.name}"
+
+
+def points(change: float) -> str:
+    """A change of a rate in percentage points, with its sign."""
+    return f"{100 * change:+.2f} points".replace("-", "−")
