@@ -25,10 +25,14 @@ class Unit:
     Attributes:
         id: Unique within the detector, stable between runs; seeds are derived from it.
         labels: The labels it examines.
+        round: 0, or the round of a race in which each leaves fewer labels and takes more steps.
+        starts: Triggers of an earlier round to go on from, one per label, or none.
     """
 
     id: str
     labels: tuple[int, ...] = ()
+    round: int = 0
+    starts: Sequence[Trigger] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,11 +108,21 @@ class Judgement:
     Attributes:
         findings: Suspected labels, most suspicious first, each with its p-value; whether one counts is policy.
         p_value: Of the most suspicious label, or ``None`` where the evidence allows no answer.
+        ranking: Labels, the most suspicious first, for the detectors that follow; empty if it has no opinion.
         figures: Summary statistics for the report.
         note: One line for the reader, e.g. why there is no answer.
     """
 
     findings: Sequence[Finding] = ()
     p_value: float | None
+    ranking: Sequence[int] = ()
     figures: Mapping[str, Any] = field(default_factory=dict)
     note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Examined:
+    """What an earlier detector of the same scan saw and concluded."""
+
+    evidence: Sequence[Evidence]
+    judgement: Judgement

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from backdoorscan.errors import ExitCode
 from backdoorscan.findings import Finding, Judgement, Verdict
@@ -24,14 +25,19 @@ def verdict(judgements: Sequence[Judgement], alpha: float) -> tuple[Verdict, lis
 
     Returns:
         Backdoored if any finding's p-value is at most ``alpha``; inconclusive if none is but one comes near, or no
-        detector could answer; clean otherwise.
+        detector could answer; clean otherwise. The p-values of the findings are corrected for the number of
+        detectors that answered (Bonferroni), as each of them could raise a false alarm.
     """
-    near = [f for judgement in judgements for f in judgement.findings if f.p_value <= min(1.0, SUSPECT * alpha)]
+    answers = [judgement for judgement in judgements if judgement.p_value is not None]
+    corrected = [
+        replace(f, p_value=min(1.0, len(answers) * f.p_value)) for judgement in answers for f in judgement.findings
+    ]
+    near = [f for f in corrected if f.p_value <= min(1.0, SUSPECT * alpha)]
     near.sort(key=lambda finding: (finding.p_value, finding.target_label))
     proven = [finding for finding in near if finding.p_value <= alpha]
     if proven:
         return Verdict.BACKDOORED, proven
-    if near or all(judgement.p_value is None for judgement in judgements):
+    if near or not answers:
         return Verdict.INCONCLUSIVE, near
     return Verdict.CLEAN, []
 

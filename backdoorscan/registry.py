@@ -17,17 +17,19 @@ import pluggy
 
 from backdoorscan.errors import BackdoorscanError, PluginError, UnknownNameError, UsageError
 from backdoorscan.plugin import hookspecs
+from backdoorscan.plugin.attack import Attack
 from backdoorscan.plugin.detector import Detector
 from backdoorscan.plugin.loader import Loader
 from backdoorscan.plugin.method import Method
 from backdoorscan.plugin.repairer import Repairer
 from backdoorscan.plugin.reporter import Reporter
 
-Component: TypeAlias = type[Detector] | type[Repairer] | type[Loader] | type[Reporter]
+Component: TypeAlias = type[Detector] | type[Repairer] | type[Attack] | type[Loader] | type[Reporter]
 
 KINDS: dict[str, type[Any]] = {
     "detector": Detector,
     "repairer": Repairer,
+    "attack": Attack,
     "loader": Loader,
     "reporter": Reporter,
 }

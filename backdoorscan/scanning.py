@@ -8,6 +8,7 @@ import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from backdoorscan.classifier import Classifier, logits, to_tensor
 from backdoorscan.costing import Meter, versions
 from backdoorscan.engine import local
 from backdoorscan.errors import MethodError, UsageError
-from backdoorscan.findings import Finding, Judgement, Verdict
+from backdoorscan.findings import Evidence, Examined, Finding, Verdict
 from backdoorscan.formats.images import load_images
 from backdoorscan.formats.loading import LoadedModel, ReadOptions, load_model
 from backdoorscan.images import LabelledImages
@@ -47,6 +48,7 @@ class ScanOptions:
         alpha: False-alarm budget per model, 0 to 1.
         seed: Same input and same seed give the same report.
         timeout: Seconds after which the scan ends incomplete, or ``None``.
+        jobs: Units of work at a time.
     """
 
     detectors: Sequence[str] = ()
@@ -55,6 +57,7 @@ class ScanOptions:
     alpha: float = policy.DEFAULT_ALPHA
     seed: int = 0
     timeout: float | None = None
+    jobs: int = 1
 
 
 def _unseen(_stage: str, _fraction: float) -> None:
@@ -151,18 +154,9 @@ def scan_model(
     deadline = None if options.timeout is None else time.monotonic() + options.timeout
     context = Context(seed=options.seed, labels=options.labels, deadline=deadline)
     predictions = logits(classifier, to_tensor(images.pixels)).argmax(1)
-    judgements: list[Judgement] = []
-    runs = []
-    for plugin, detector in plan:
-        run, judgement = _run_detector(plugin, detector, classifier, images, context, observer, registry)
-        meter.gradient_samples += run.gradient_samples
-        runs.append(run)
-        if judgement:
-            judgements.append(judgement)
-    verdict, findings = policy.verdict(judgements, options.alpha)
-    complete = len(judgements) == len(plan)
-    if verdict is Verdict.CLEAN and not complete:
-        verdict = Verdict.INCONCLUSIVE
+    verdict, findings, runs = _run_plan(plan, classifier, images, context, options, observer, registry)
+    meter.gradient_samples += sum(run.gradient_samples for run in runs)
+    complete = not any(run.error for run in runs)
     covered = {spot for _, detector in plan for spot in detector.covers}
     blind = dict.fromkeys(spot for _, detector in plan for spot in detector.blind_spots if spot not in covered)
     not_tested = list(blind)
@@ -187,11 +181,35 @@ def look_again(
     """Scan a network that is not a file: verdict, findings and gradient samples."""
     context = Context(seed=options.seed, labels=labels)
     plan = plan_detectors(options, registry)
-    pairs = [_run_detector(*step, classifier, images, context, _unseen, registry) for step in plan]
-    verdict, findings = policy.verdict([judgement for _, judgement in pairs if judgement], options.alpha)
-    if verdict is Verdict.CLEAN and any(judgement is None for _, judgement in pairs):
+    verdict, findings, runs = _run_plan(plan, classifier, images, context, options, _unseen, registry)
+    return verdict, findings, sum(run.gradient_samples for run in runs)
+
+
+def _run_plan(
+    plan: Sequence[tuple[Plugin, Detector]],
+    classifier: Classifier,
+    images: LabelledImages,
+    context: Context,
+    options: ScanOptions,
+    observer: Observer,
+    registry: Registry,
+) -> tuple[Verdict, list[Finding], list[DetectorRun]]:
+    """Run the detectors one after the other, each told what those before it found, and draw the verdict."""
+    earlier: dict[str, Examined] = {}
+    runs = []
+    for plugin, detector in plan:
+        told = replace(context, earlier=dict(earlier))
+        run, examined = _run_detector(plugin, detector, classifier, images, told, options.jobs, observer, registry)
+        runs.append(run)
+        if examined:
+            earlier[detector.id] = examined
+    answered = {name for name, examined in earlier.items() if examined.judgement.p_value is not None}
+    again = {name for _, detector in plan if detector.id in answered for name in detector.confirms}
+    judgements = [examined.judgement for name, examined in earlier.items() if name not in again]
+    verdict, findings = policy.verdict(judgements, options.alpha)
+    if verdict is Verdict.CLEAN and any(run.error for run in runs):
         verdict = Verdict.INCONCLUSIVE
-    return verdict, findings, sum(run.gradient_samples for run, _ in pairs)
+    return verdict, findings, runs
 
 
 def _run_detector(
@@ -200,18 +218,23 @@ def _run_detector(
     classifier: Classifier,
     images: LabelledImages,
     context: Context,
+    jobs: int,
     observer: Observer,
     registry: Registry,
-) -> tuple[DetectorRun, Judgement | None]:
+) -> tuple[DetectorRun, Examined | None]:
     started = time.perf_counter()
     run = DetectorRun(id=detector.id, version=plugin.version, options=detector.settings())
     watched = replace(context, progress=lambda fraction: observer(detector.id, fraction))
-    evidence = []
+    evidence: list[Evidence] = []
     try:
-        units = local.guarded(detector, "planning", lambda: detector.units(classifier, watched))
-        for unit, found in local.run(detector, units, classifier, images, watched):
-            registry.announce("unit_finished", detector=detector, unit=unit, evidence=found)
-            evidence.append(found)
+        units = local.guarded(detector, "planning", partial(detector.units, classifier, watched))
+        while units:
+            found = {}
+            for unit, part in local.run(detector, units, classifier, images, watched, jobs):
+                registry.announce("unit_finished", detector=detector, unit=unit, evidence=part)
+                found[unit.id] = part
+            evidence += [found[unit.id] for unit in units]
+            units = local.guarded(detector, "planning", partial(detector.more_units, evidence, classifier, watched))
         judgement = local.guarded(detector, "judging", lambda: detector.judge(evidence))
     except MethodError as error:
         _log.debug("%s failed", detector.id, exc_info=error)
@@ -226,7 +249,7 @@ def _run_detector(
         seconds=_since(started),
         triggers=_smallest([trigger for part in evidence for trigger in part.triggers]),
     )
-    return run, judgement
+    return run, Examined(evidence=evidence, judgement=judgement)
 
 
 def _sample(images: LabelledImages, seed: int) -> list[dict[str, Any]]:

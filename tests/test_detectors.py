@@ -66,7 +66,7 @@ def test_neural_cleanse_splits_many_labels():
 
 
 def row(label, l1, succeeded=True):
-    return {"label": label, "l1": l1, "succeeded": succeeded, "attack_success_rate": 1.0, "steps": 9}
+    return {"label": label, "l1": l1, "round": 0, "succeeded": succeeded, "attack_success_rate": 1.0, "steps": 9}
 
 
 def evidence(*rows) -> list[Evidence]:

@@ -199,5 +199,5 @@ def test_options_only_for_what_runs(install):
 def test_the_project_itself_is_not_broken():
     assert not [plugin for plugin in installed().plugins if plugin.error]
     assert installed() is installed()
-    assert {plugin.kind for plugin in installed().plugins} == {"detector", "repairer", "loader", "reporter"}
+    assert {plugin.kind for plugin in installed().plugins} == {"detector", "repairer", "attack", "loader", "reporter"}
     assert all(plugin.summary for plugin in installed().plugins)

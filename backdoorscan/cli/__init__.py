@@ -12,7 +12,7 @@ from typing import Annotated, NoReturn
 import typer
 
 import backdoorscan
-from backdoorscan.cli import demo, evaluate, plugins, predict, repair, scan
+from backdoorscan.cli import bench, demo, evaluate, plugins, predict, repair, scan
 from backdoorscan.cli._console import Color, Terminal
 from backdoorscan.errors import BackdoorscanError, ExitCode
 
@@ -62,6 +62,7 @@ app.command("repair", rich_help_panel="Models")(repair.repair)
 app.command("evaluate", rich_help_panel="Models")(evaluate.evaluate)
 app.command("predict", rich_help_panel="Models")(predict.predict)
 app.command("demo", rich_help_panel="More")(demo.demo)
+app.command("bench", rich_help_panel="More")(bench.bench)
 app.add_typer(plugins.app, name="plugins", rich_help_panel="More")
 
 

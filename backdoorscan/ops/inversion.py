@@ -90,6 +90,7 @@ def invert(
     schedule: Schedule,
     generator: torch.Generator,
     progress: Callable[[float], None] = lambda _: None,
+    starts: Sequence[Trigger] = (),
 ) -> tuple[list[Inversion], int]:
     """Search a trigger for each target label.
 
@@ -101,6 +102,7 @@ def invert(
         schedule: See ``Schedule``.
         generator: All random numbers come from it.
         progress: Told the part done, 0 to 1.
+        starts: Triggers to go on from, one per target, in place of random ones; then ``schedule.restarts`` is 1.
 
     Returns:
         One result per target, in their order, and the gradient samples used.
@@ -116,8 +118,13 @@ def invert(
             raise ValueError(f"no image of a class other than {target}")
     channels, height, width = classifier.input_shape
     # Half-transparent everywhere at the start: every pixel then has a say in where the mask goes.
-    mask_raw = (torch.randn(len(rows), 1, height, width, generator=generator) - 1).to(device).requires_grad_()
-    pattern_raw = torch.randn(len(rows), channels, height, width, generator=generator).to(device).requires_grad_()
+    mask_raw = torch.randn(len(rows), 1, height, width, generator=generator) - 1
+    pattern_raw = torch.randn(len(rows), channels, height, width, generator=generator)
+    if starts:
+        # Short of 0 and 1, where a sigmoid has no slope left.
+        mask_raw = torch.stack([start.mask for start in starts]).logit(eps=0.01)
+        pattern_raw = torch.stack([start.pattern for start in starts]).logit(eps=0.01)
+    mask_raw, pattern_raw = mask_raw.to(device).requires_grad_(), pattern_raw.to(device).requires_grad_()
     optimizer = torch.optim.Adam([mask_raw, pattern_raw], lr=schedule.learning_rate, betas=(0.5, 0.9))
 
     state = _State(len(rows), schedule)
@@ -165,8 +172,8 @@ def invert(
     losses, sizes, successes = (torch.stack(series) for series in zip(*curves, strict=True))
     results = []
     for position, target in enumerate(targets):
-        starts = torch.arange(position * schedule.restarts, (position + 1) * schedule.restarts)
-        row = int(starts[state.best[starts].argmin()])
+        own = torch.arange(position * schedule.restarts, (position + 1) * schedule.restarts)
+        row = int(own[state.best[own].argmin()])
         succeeded = math.isfinite(float(state.best[row]))
         masks, patterns = (best_mask, best_pattern) if succeeded else (last_mask, last_pattern)
         used = int(torch.isfinite(losses[:, row]).sum())

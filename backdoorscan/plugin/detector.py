@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ class Detector(Method, ABC):
         default: Whether a scan runs it when the user names none.
         blind_spots: What it cannot see; reports say so unless another detector that ran covers it.
         covers: Blind spots of other detectors that it does see.
+        confirms: Ids of detectors whose suspicions it examines again: where it has an answer, theirs does not count.
     """
 
     needs_images: ClassVar[bool] = True
@@ -36,6 +38,7 @@ class Detector(Method, ABC):
     default: ClassVar[bool] = True
     blind_spots: ClassVar[Sequence[str]] = ()
     covers: ClassVar[Sequence[str]] = ()
+    confirms: ClassVar[Sequence[str]] = ()
 
     def units(self, classifier: Classifier, context: Context) -> Sequence[Unit]:
         """The pieces of work; one, unless the method says otherwise."""
@@ -49,9 +52,17 @@ class Detector(Method, ABC):
             MethodError: The method cannot work on this model.
         """
 
+    def more_units(self, evidence: Sequence[Evidence], classifier: Classifier, context: Context) -> Sequence[Unit]:
+        """Further work, asked for after every round with all evidence so far; none ends it."""
+        return ()
+
     @abstractmethod
     def judge(self, evidence: Sequence[Evidence]) -> Judgement:
         """Draw the conclusion. Pure and cheap: stored evidence can be judged again."""
+
+
+MANY_CLASSES = 64
+"""Number of classes above which looking closely at each would take too long."""
 
 
 def examined_labels(classifier: Classifier, context: Context) -> tuple[int, ...]:
@@ -59,8 +70,37 @@ def examined_labels(classifier: Classifier, context: Context) -> tuple[int, ...]
     return context.labels if context.labels is not None else tuple(range(classifier.num_classes))
 
 
-MANY_CLASSES = 64
-"""Number of classes above which looking at each again would take longer than the repair."""
+def shortlist(classifier: Classifier, context: Context, most: int, random: int) -> tuple[int, ...]:
+    """Of many classes those that earlier detectors rank first, and random ones beside them.
+
+    Args:
+        classifier: Tells the number of classes.
+        context: Its ``earlier`` holds the rankings, which are drawn from in turn.
+        most: How many to take from the rankings.
+        random: How many others.
+
+    Returns:
+        All labels, or the user's, where they are not many or no earlier detector ranks them.
+    """
+    labels = examined_labels(classifier, context)
+    rankings = [examined.judgement.ranking for examined in context.earlier.values() if examined.judgement.ranking]
+    if len(labels) <= MANY_CLASSES or not rankings:
+        return labels
+    allowed = set(labels)
+    in_turn = (label for place in zip(*rankings, strict=False) for label in place if label in allowed)
+    chosen = list(dict.fromkeys(in_turn))[:most]
+    order = torch.randperm(len(labels), generator=context.generator("random labels")).tolist()
+    others = [labels[i] for i in order if labels[i] not in set(chosen)]
+    return (*chosen, *others[:random])
+
+
+def split_images(images: LabelledImages, context: Context) -> tuple[LabelledImages, LabelledImages]:
+    """Images to search with and images to test with; the same where there are too few for both."""
+    if len(images) < 20:
+        return images, images
+    order = torch.randperm(len(images), generator=context.generator("split", images.sha256)).numpy()
+    held_out = min(math.ceil(len(images) / 3), 500)
+    return images.take(order[held_out:]), images.take(order[:held_out])
 
 
 def labels_to_check(num_classes: int, targets: Sequence[int], context: Context) -> tuple[int, ...]:

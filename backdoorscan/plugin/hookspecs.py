@@ -14,6 +14,7 @@ import pluggy
 if TYPE_CHECKING:
     from backdoorscan.artifact import Artifact
     from backdoorscan.findings import Evidence, Unit
+    from backdoorscan.plugin.attack import Attack
     from backdoorscan.plugin.detector import Detector
     from backdoorscan.plugin.loader import Loader
     from backdoorscan.plugin.repairer import Repairer
@@ -33,6 +34,11 @@ def backdoorscan_detectors() -> Sequence[type[Detector]]:  # type: ignore[empty-
 @hookspec
 def backdoorscan_repairers() -> Sequence[type[Repairer]]:  # type: ignore[empty-body]
     """Repair methods."""
+
+
+@hookspec
+def backdoorscan_attacks() -> Sequence[type[Attack]]:  # type: ignore[empty-body]
+    """Attacks that the bench puts into its networks."""
 
 
 @hookspec

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 
 from backdoorscan.errors import UnknownNameError, UsageError
+from backdoorscan.findings import Examined
 from backdoorscan.images import LabelledImages
 
 
@@ -185,6 +186,7 @@ class Context:
         progress: Takes the part done, 0 to 1; costs nothing when nobody looks.
         poisoned: Known poisoned images, for repairs that learn from them, or ``None``.
         deadline: ``time.monotonic()`` at which the run has to end, or ``None``.
+        earlier: What the detectors before this one found: id -> evidence and judgement.
     """
 
     seed: int = 0
@@ -193,6 +195,7 @@ class Context:
     progress: Callable[[float], None] = _ignore
     poisoned: LabelledImages | None = None
     deadline: float | None = None
+    earlier: Mapping[str, Examined] = field(default_factory=dict)
 
     def generator(self, *purpose: object) -> torch.Generator:
         """Random numbers for one purpose, the same whatever else runs before or beside it."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +17,7 @@ from backdoorscan.images import LabelledImages
 from backdoorscan.ops.generator import GeneratorSchedule, MaskGenerator, train_generator
 from backdoorscan.ops.outliers import Spread, small_outliers
 from backdoorscan.ops.shift import clean_spread, head_features, mean_trigger, measure_shift, persistence
-from backdoorscan.plugin.detector import Detector
+from backdoorscan.plugin.detector import Detector, split_images
 from backdoorscan.plugin.method import Context, option
 from backdoorscan.plugin.repairer import Candidate, Repairer
 from backdoorscan.trigger import Trigger
@@ -89,7 +88,7 @@ class GangSweep(Detector):
         if images is None:
             raise MethodError(f"{self.id} needs clean images.", hint="Pass --valid.")
         (target,) = unit.labels
-        train, held_out = _split(images, context)
+        train, held_out = split_images(images, context)
         victims, random = _others(self.id, train, target), context.generator(self.id, unit.id)
         schedule = self._schedule()
         generator, samples = train_generator(classifier, victims, target, schedule, random, context.progress)
@@ -162,15 +161,6 @@ class GangSweep(Detector):
             success=self.attack_success_threshold,
             margin=self.margin,
         )
-
-
-def _split(images: LabelledImages, context: Context) -> tuple[LabelledImages, LabelledImages]:
-    """Images to train with and images to measure on; the same where there are too few for both."""
-    if len(images) < 20:
-        return images, images
-    order = torch.randperm(len(images), generator=context.generator("split", images.sha256)).numpy()
-    held_out = min(math.ceil(len(images) / 3), 500)
-    return images.take(order[held_out:]), images.take(order[:held_out])
 
 
 def _others(method: str, images: LabelledImages, target: int) -> Tensor:

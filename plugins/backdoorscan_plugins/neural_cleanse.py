@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,14 +17,22 @@ from backdoorscan.images import LabelledImages
 from backdoorscan.ops.inversion import Schedule, invert
 from backdoorscan.ops.metrics import attack_success_rate
 from backdoorscan.ops.outliers import Spread, anomaly_index, small_outliers
-from backdoorscan.plugin.detector import Detector, examined_labels
+from backdoorscan.plugin.detector import MANY_CLASSES, Detector, shortlist, split_images
 from backdoorscan.plugin.method import Context, option
+from backdoorscan.trigger import Trigger
 
 _IMAGES_AT_ONCE = 512
 """Stamped images in one forward pass: more gains nothing on two cores and costs memory."""
 
 _LIKELY = 10
 """Classes kept of the mean prediction on stamped images."""
+
+_RACE_PRIOR = Spread(sd=0.25, weight=10)
+"""The same for the labels left at the end of a race: the smallest of many lie close together."""
+
+_FINALISTS = 10
+_AT_A_TIME = 8
+"""Labels left at the end of a race, and labels in one unit of it."""
 
 _PRIOR = Spread(sd=0.42, weight=10)
 """Standard deviation of log L1 over the labels, the suspected one left out: 0.16 to 1.0, median 0.45, over 58 small
@@ -55,6 +62,10 @@ class NeuralCleanse(Detector):
     It sees triggers that work from every class: patches, and with luck blended patterns. It does not see all-to-all
     and source-specific backdoors, for which no universal trigger exists.
 
+    Of more than 64 classes only a shortlist that cheaper detectors made is examined, and random labels beside it, all
+    on equal terms: in a race each round keeps the quarter with the smallest triggers and gives them twice the steps.
+    The smallest trigger is then compared with those of the other finalists, the smallest of many themselves.
+
     The defaults batch all labels and take a hundredth of the original's work. The original's schedule:
     steps=1000 batches=31 batch_size=32 restarts=1 learning_rate=0.1 patience=5 cost_multiplier=2 smoothing=0
     attack_success_threshold=0.99 early_stop_threshold=1 early_stop_patience=25.
@@ -81,20 +92,35 @@ class NeuralCleanse(Detector):
     smoothing: float = option(0.85, help="Weight of earlier steps in the success rate.", minimum=0, maximum=0.999)
     early_stop_threshold: float = option(0.99, help="Progress is an L1 norm under this part of the best.", minimum=0)
     early_stop_patience: int = option(25, help="Steps without progress before a label is done.", minimum=1)
+    shortlist: int = option(80, help="Of many classes, as many suspects.", minimum=2)
+    random_labels: int = option(16, help="Of many classes, as many random ones beside them.", minimum=0)
+    race_steps: int = option(40, help="Of many classes, steps in the first round of the race.", minimum=1)
     held_out_success: float = option(0.6, help="Success on held-out images a trigger needs to count.", minimum=0)
 
     def units(self, classifier: Classifier, context: Context) -> Sequence[Unit]:
         """Groups of labels that fit into one batch."""
-        labels = examined_labels(classifier, context)
+        labels = shortlist(classifier, context, self.shortlist, self.random_labels)
+        if len(labels) > MANY_CLASSES:
+            return _heats(1, labels, ())
         size = max(1, _IMAGES_AT_ONCE // (self.batch_size * self.restarts))
         groups = [labels[start : start + size] for start in range(0, len(labels), size)]
         return [Unit(f"labels {group[0]}..{group[-1]}", group) for group in groups]
+
+    def more_units(self, evidence: Sequence[Evidence], classifier: Classifier, context: Context) -> Sequence[Unit]:
+        """The next round of the race, if there is one."""
+        rows = _last_round(evidence)
+        if not rows or rows[0]["round"] == 0 or len(rows) <= _FINALISTS:
+            return ()
+        best = sorted(rows, key=lambda row: (not row["succeeded"], row["l1"]))[: max(_FINALISTS, len(rows) // 4)]
+        triggers = {trigger.target: trigger for part in evidence for trigger in part.triggers}
+        labels = [row["label"] for row in best]
+        return _heats(rows[0]["round"] + 1, labels, [triggers[label] for label in labels])
 
     def examine(self, unit: Unit, classifier: Classifier, images: LabelledImages | None, context: Context) -> Evidence:
         """Search a trigger for each label of the unit."""
         if images is None:
             raise MethodError(f"{self.id} needs clean images.", hint="Pass --valid.")
-        train, held_out = _split(images, context)
+        train, held_out = split_images(images, context)
         pixels, labels = to_tensor(train.pixels), torch.from_numpy(train.labels)
         lonely = [label for label in unit.labels if bool((labels == label).all())]
         if lonely:
@@ -103,8 +129,11 @@ class NeuralCleanse(Detector):
                 hint="Give images of several classes.",
             )
         schedule = Schedule(**{name: getattr(self, name) for name in Schedule.__dataclass_fields__})
+        if unit.round > 0:
+            schedule = replace(schedule, steps=self.race_steps * 2 ** (unit.round - 1), restarts=1)
+        generator = context.generator(self.id, unit.id)
         results, samples = invert(
-            classifier, pixels, labels, unit.labels, schedule, context.generator(self.id, unit.id), context.progress
+            classifier, pixels, labels, unit.labels, schedule, generator, context.progress, unit.starts
         )
         test_pixels, test_labels = to_tensor(held_out.pixels), torch.from_numpy(held_out.labels)
         rows = []
@@ -117,6 +146,7 @@ class NeuralCleanse(Detector):
             rows.append(
                 {
                     "label": label,
+                    "round": unit.round,
                     "l1": round(result.trigger.l1, 4),
                     "succeeded": result.succeeded and (rate is None or rate >= self.held_out_success),
                     "attack_success_rate": rate,
@@ -139,7 +169,7 @@ class NeuralCleanse(Detector):
 
     def judge(self, evidence: Sequence[Evidence]) -> Judgement:
         """Compare the labels that have a trigger."""
-        rows: list[dict[str, Any]] = [row for part in evidence for row in part.figures["labels"]]
+        rows = _last_round(evidence)
         triggers = {trigger.target: trigger for part in evidence for trigger in part.triggers}
         found = [row for row in rows if row["succeeded"]]
         figures: dict[str, Any] = {"examined": len(rows), "succeeded": len(found)}
@@ -150,7 +180,11 @@ class NeuralCleanse(Detector):
         sizes = np.array([max(row["l1"], 1e-3) for row in found])
         indices = anomaly_index(sizes)
         outliers = small_outliers(
-            np.log(sizes).tolist(), tested=len(rows), level=0.01, most=min(max(1, len(found) // 5), 16), prior=_PRIOR
+            np.log(sizes).tolist(),
+            tested=len(rows),
+            level=0.01,
+            most=min(max(1, len(found) // 5), 16),
+            prior=_RACE_PRIOR if rows[0]["round"] else _PRIOR,
         )
         figures |= {
             "median_l1": float(np.median(sizes)),
@@ -168,16 +202,28 @@ class NeuralCleanse(Detector):
             )
             for position, p_value in zip(outliers.index, outliers.p_values, strict=True)
         ]
-        return Judgement(findings=findings, p_value=outliers.p_values[0], figures=figures)
+        ranking = [found[position]["label"] for position in np.argsort(sizes, kind="stable")]
+        return Judgement(findings=findings, p_value=outliers.p_values[0], ranking=ranking, figures=figures)
 
 
-def _split(images: LabelledImages, context: Context) -> tuple[LabelledImages, LabelledImages]:
-    """Images to search with and images to test with; the same where there are too few for both."""
-    if len(images) < 20:
-        return images, images
-    order = torch.randperm(len(images), generator=context.generator("split", images.sha256)).numpy()
-    held_out = min(math.ceil(len(images) / 3), 500)
-    return images.take(order[held_out:]), images.take(order[:held_out])
+def _heats(number: int, labels: Sequence[int], starts: Sequence[Trigger]) -> list[Unit]:
+    """A round of the race in pieces."""
+    places = range(0, len(labels), _AT_A_TIME)
+    return [
+        Unit(
+            f"round {number}, labels from place {place + 1}",
+            tuple(labels[place : place + _AT_A_TIME]),
+            number,
+            tuple(starts[place : place + _AT_A_TIME]),
+        )
+        for place in places
+    ]
+
+
+def _last_round(evidence: Sequence[Evidence]) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = [row for part in evidence for row in part.figures["labels"]]
+    last = max((row["round"] for row in rows), default=0)
+    return [row for row in rows if row["round"] == last]
 
 
 @hookimpl
