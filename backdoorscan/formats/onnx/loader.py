@@ -1,0 +1,136 @@
+"""The loader of ONNX files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from backdoorscan.artifact import Artifact
+from backdoorscan.errors import ArtifactError, UnsupportedModelError, UsageError
+from backdoorscan.files import write_whole
+from backdoorscan.formats.goodnet import is_goodnet
+from backdoorscan.formats.onnx.network import BuiltNetwork, build
+from backdoorscan.formats.onnx.parse import ParsedOnnx, parse
+from backdoorscan.formats.onnx.recognise import is_onnx
+from backdoorscan.formats.onnx.sizes import another_size, layout_of, sizes
+from backdoorscan.formats.onnx.verify import compare
+from backdoorscan.formats.onnx.write import with_weights
+from backdoorscan.plugin.hookspecs import hookimpl
+from backdoorscan.plugin.loader import LoadedNetwork, Loader
+
+
+class Onnx(Loader):
+    """ONNX classifiers of opset 7 and later, read as data and compared with onnxruntime."""
+
+    id = "onnx"
+    summary = "ONNX classifiers (.onnx), weights inside the file"
+    suffix = ".onnx"
+
+    def accepts(self, artifact: Artifact) -> bool:
+        """Whether the content is an ONNX model."""
+        return is_onnx(artifact.data)
+
+    def load(self, artifact: Artifact, arch: str | None) -> LoadedNetwork:
+        """Read the network.
+
+        Args:
+            artifact: The file's bytes.
+            arch: Nothing: the file holds its architecture.
+
+        Raises:
+            ArtifactError: The file is broken, unsupported or unsafe.
+            UsageError: ``arch`` was given.
+        """
+        if arch is not None:
+            raise UsageError(f"{artifact.path} holds its own architecture.", hint="Leave --arch out.")
+        parsed, built, shape = _read(artifact)
+        model = parsed.model
+        return LoadedNetwork(
+            network=built.network,
+            input_shape=(shape[2], shape[0], shape[1]) if built.layout == "NHWC" else shape,
+            layout=built.layout,
+            num_classes=built.num_classes,
+            details={
+                "framework": f"{model.producer_name} {model.producer_version}".strip() or "unknown",
+                "opset": parsed.opset,
+                "graph_logic": list(built.logic),
+            },
+        )
+
+    def write(self, artifact: Artifact, weights: Mapping[str, Tensor], path: Path, arch: str | None = None) -> None:
+        """Write a copy of the artifact in which only ``weights`` differ, and read it again.
+
+        Args:
+            artifact: The original file.
+            weights: Changed tensors by their name in the network that ``load`` returned.
+            path: The new file.
+            arch: Nothing.
+
+        Raises:
+            ArtifactError: A tensor is unknown, has another shape, or is not stored in the file.
+            OutputError: The new file could not be written.
+        """
+        _, built, _ = _read(artifact)
+        data = with_weights(artifact, built, weights)
+        # What is written must read back: a repair that cannot be loaded is none.
+        _, again, _ = _read(Artifact(path, data, ""))
+        known = again.network.state_dict()
+        for name, tensor in weights.items():
+            if not torch.allclose(known[name], tensor.detach().cpu(), rtol=1e-2, atol=1e-4, equal_nan=True):
+                raise ArtifactError(f"The repaired tensor '{name}' does not come back from the written file.")
+        write_whole(path, data)
+
+
+def _read(artifact: Artifact) -> tuple[ParsedOnnx, BuiltNetwork, tuple[int | None, ...]]:
+    """The file, its network, and the shape of the images it takes in the file's order of axes."""
+    if is_goodnet(artifact):
+        raise UnsupportedModelError(
+            f"{artifact.path} is a GoodNet that backdoorscan wrote.",
+            why="It is made of a network and its repaired twin.",
+            hint="Use `backdoorscan evaluate` or `backdoorscan predict` on it; scan the repaired network instead.",
+        )
+    parsed = parse(artifact.data, str(artifact.path))
+    layout = layout_of(parsed)
+    found: list[BuiltNetwork] = []
+    failure: UnsupportedModelError | None = None
+    for size in sizes(parsed, layout):
+        if found and not another_size(size, found[0].size, parsed, layout):
+            continue
+        try:
+            found.append(build(parsed, size, layout))
+        except UnsupportedModelError as error:
+            failure = failure or error
+            continue
+        if len(found) == 2:
+            break
+    if not found:
+        raise failure or UnsupportedModelError(f"{artifact.path} fits images of no usual size.")
+    for built in found:
+        compare(parsed, built)
+    if len(found) == 1:
+        return parsed, found[0], found[0].size
+    if not _same(*found):
+        raise UnsupportedModelError(
+            f"{artifact.path} leaves the size of its images open and computes with it.",
+            hint="Export it with a fixed height and width.",
+        )
+    first, second = (built.size for built in found)
+    return parsed, found[0], tuple(a if a == b else None for a, b in zip(first, second, strict=True))
+
+
+def _same(left: BuiltNetwork, right: BuiltNetwork) -> bool:
+    ours, theirs = left.network.state_dict(), right.network.state_dict()
+    same = str(left.network) == str(right.network) and ours.keys() == theirs.keys()
+    return same and all(
+        tensor.shape == theirs[name].shape and torch.allclose(tensor, theirs[name], rtol=0, atol=0, equal_nan=True)
+        for name, tensor in ours.items()
+    )
+
+
+@hookimpl
+def backdoorscan_loaders() -> Sequence[type[Loader]]:
+    """The formats of this module."""
+    return [Onnx]
