@@ -76,6 +76,13 @@ class Bench:
         self.options, self.meter, self.registry = options, meter, registry
         self.findings: list[Finding] = []
 
+    def _finders(self) -> list[str]:
+        """The detectors that found something, and those whose suspicions they examined; all default ones if none."""
+        finders = {finding.detector for finding in self.findings if finding.detector}
+        components = {plugin.id: plugin.component for plugin in self.registry.of_kind("detector")}
+        behind = [getattr(components.get(name), "confirms", ()) for name in finders]
+        return sorted({*finders, *(name for names in behind for name in names)} & set(components))
+
     def measure(self, network: nn.Module, rejects: int | None) -> Scores:
         """What a network, or a GoodNet that answers ``rejects`` for "backdoored", does; see ``evaluating.measure``."""
         triggers = [finding.trigger for finding in self.findings if finding.trigger is not None]
@@ -88,7 +95,7 @@ class Bench:
         classes = self.loaded.classifier.num_classes
         context = Context(seed=self.options.seed)
         labels = labels_to_check(classes, targets, context) if targets else tuple(range(classes))
-        scan_options = ScanOptions(alpha=self.options.alpha, seed=self.options.seed)
+        scan_options = ScanOptions(self._finders(), alpha=self.options.alpha, seed=self.options.seed)
         verdict, findings, samples = look_again(classifier, images, labels, scan_options, self.registry)
         self.meter.gradient_samples += samples
         return verdict, findings

@@ -10,7 +10,8 @@
     ├── ConventionError                no way to feed the images makes the model better than chance
     ├── PluginError                    a plugin that was asked for cannot be used
     │   └── MethodError                a detector or a repairer failed on this model
-    └── OutputError                    a result that cannot be written
+    ├── OutputError                    a result that cannot be written
+    └── Interrupted                    exit code 130: the user pressed Ctrl-C, and the work can go on later
 
 Each carries *what* happened, *why*, and a *hint* what to do. ``cli.main`` is the only place where one of
 them becomes an exit code.
@@ -112,3 +113,9 @@ class MethodError(PluginError):
 
 class OutputError(BackdoorscanError):
     """A result that could not be written."""
+
+
+class Interrupted(BackdoorscanError):
+    """Stopped by the user, with what is done so far kept."""
+
+    exit_code: ClassVar[ExitCode] = ExitCode.INTERRUPTED

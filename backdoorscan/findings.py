@@ -26,12 +26,14 @@ class Unit:
         id: Unique within the detector, stable between runs; seeds are derived from it.
         labels: The labels it examines.
         round: 0, or the round of a race in which each leaves fewer labels and takes more steps.
+        sources: The classes that the labels' triggers have to work from, one per label; none for all.
         starts: Triggers of an earlier round to go on from, one per label, or none.
     """
 
     id: str
     labels: tuple[int, ...] = ()
     round: int = 0
+    sources: tuple[int, ...] = ()
     starts: Sequence[Trigger] = ()
 
 

@@ -79,14 +79,16 @@ class ModelRun:
 
     Attributes:
         model: Facts about the file: path, sha256, format, input_shape, num_classes, input_range, ...
-        images: The clean images: path, sha256, count; ``None`` without any.
+        images: The images it worked on: path, sha256, count, and how many of them were made from the model; ``None``
+            if it needed none.
         verdict: The answer.
         complete: Whether everything that was planned was run.
-        clean_accuracy: On the clean images, 0 to 1, or ``None`` without any.
+        clean_accuracy: On the user's clean images, 0 to 1, or ``None`` without any.
         findings: Suspected backdoors, most suspicious first.
         detectors: What each detector did.
         cost: Of this model.
         not_tested: What the detectors that ran cannot see.
+        notes: What makes the verdict less certain, a sentence each.
     """
 
     model: Mapping[str, Any]
@@ -98,6 +100,7 @@ class ModelRun:
     detectors: Sequence[DetectorRun]
     cost: Cost
     not_tested: Sequence[str] = ()
+    notes: Sequence[str] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
@@ -108,6 +111,7 @@ class ModelRun:
             "detectors": [run.to_json() for run in self.detectors],
             "cost": asdict(self.cost),
             "not_tested": list(self.not_tested),
+            "notes": list(self.notes),
         }
 
     @classmethod
@@ -152,6 +156,7 @@ class ScanReport(Report):
         complete: Whether every model was scanned completely.
         alpha: The false-alarm budget per model that the verdicts were drawn with.
         runs: One per model.
+        cached: Whether it is the report of an earlier scan of the same.
     """
 
     schema: ClassVar[str] = "backdoorscan.report/1"
@@ -160,6 +165,7 @@ class ScanReport(Report):
     complete: bool
     alpha: float
     runs: Sequence[ModelRun]
+    cached: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, ready for ``json.dumps``; see docs/report.md."""
@@ -167,6 +173,7 @@ class ScanReport(Report):
             "schema": self.schema,
             "verdict": str(self.verdict),
             "complete": self.complete,
+            "cached": self.cached,
             "alpha": self.alpha,
             "seed": self.seed,
             "versions": dict(self.versions),
@@ -192,6 +199,7 @@ class ScanReport(Report):
                 versions=data["versions"],
                 cost=Cost(**data["cost"]),
                 runs=[ModelRun.from_json(run) for run in data["runs"]],
+                cached=bool(data.get("cached", False)),
             )
         except (KeyError, TypeError, ValueError, zlib.error) as error:
             raise UsageError("This scan report is damaged.", why=f"{type(error).__name__}: {error}") from error

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import base64
 import logging
 import time
-import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from backdoorscan import policy
+from backdoorscan import cache, policy
+from backdoorscan.artifact import Artifact
 from backdoorscan.classifier import Classifier, logits, to_tensor
 from backdoorscan.costing import Meter, versions
 from backdoorscan.engine import local
+from backdoorscan.engine.journal import Journal
+from backdoorscan.engine.keeping import Keeping, Kept
+from backdoorscan.engine.working import Working, working_images
 from backdoorscan.errors import MethodError, UsageError
 from backdoorscan.findings import Evidence, Examined, Finding, Verdict
 from backdoorscan.formats.images import load_images
@@ -48,7 +49,7 @@ class ScanOptions:
         alpha: False-alarm budget per model, 0 to 1.
         seed: Same input and same seed give the same report.
         timeout: Seconds after which the scan ends incomplete, or ``None``.
-        jobs: Units of work at a time.
+        jobs: Units of work at a time, each with one computing thread; the report is the same.
     """
 
     detectors: Sequence[str] = ()
@@ -66,22 +67,24 @@ def _unseen(_stage: str, _fraction: float) -> None:
 
 def scan(
     model: str | Path,
-    images: LabelledImages | str | Path,
+    images: LabelledImages | str | Path | None = None,
     read: ReadOptions | None = None,
     options: ScanOptions | None = None,
     *,
     observer: Observer = _unseen,
     registry: Registry | None = None,
+    keeping: Keeping | None = None,
 ) -> ScanReport:
     """Look for backdoors in a model file.
 
     Args:
         model: The file.
-        images: Clean labelled images, or where to read them.
+        images: Clean labelled images, or where to read them; without any, images are made from the model.
         read: What is known about the file.
         options: How to scan.
         observer: Told of progress.
         registry: Where methods are found.
+        keeping: Where finished reports and the journal of an unfinished scan are kept; nowhere if ``None``.
 
     Raises:
         BackdoorscanError: The file, the images or an option cannot be used. A detector that fails does not raise: the
@@ -91,10 +94,24 @@ def scan(
     meter = Meter()
     plan = plan_detectors(options, registry)
     observer("reading the model", 0.0)
-    if not isinstance(images, LabelledImages):
+    if isinstance(images, str | Path):
         images = load_images(images)
-    loaded = load_model(model, images, read, seed=options.seed, registry=registry)
-    run = scan_model(loaded, images, plan, options, meter=meter, observer=observer, registry=registry)
+    artifact = Artifact.read(model)
+    kept = keeping and Kept(keeping, _work(artifact, images, read, plan, options), {"alpha": options.alpha})
+    stored = kept and kept.report()
+    if stored:
+        report = _as_asked(stored, artifact, images, read)
+        registry.announce("scan_finished", report=report)
+        return report
+    loaded = load_model(artifact, images, read, seed=options.seed, registry=registry)
+    journal = kept.journal() if kept else None
+    try:
+        run = scan_model(
+            loaded, images, plan, options, meter=meter, observer=observer, registry=registry, journal=journal
+        )
+    finally:
+        if journal:
+            journal.close()
     report = ScanReport(
         seed=options.seed,
         versions=versions(),
@@ -104,8 +121,43 @@ def scan(
         alpha=options.alpha,
         runs=[run],
     )
+    if kept:
+        kept.keep(report)
+    if journal and report.complete:
+        journal.drop()
     registry.announce("scan_finished", report=report)
     return report
+
+
+def _work(
+    artifact: Artifact,
+    images: LabelledImages | None,
+    read: ReadOptions,
+    plan: Sequence[tuple[Plugin, Detector]],
+    options: ScanOptions,
+) -> dict[str, Any]:
+    """Everything that the evidence of a scan follows from, as plain data; alpha only decides what it means."""
+    return {
+        "model": artifact.sha256,
+        "images": images.sha256 if images is not None else "none",
+        "read": {**asdict(read), "arch": cache.arch_source(read.arch)},
+        "detectors": [[d.id, plugin.version, d.settings(), cache.method_source(d)] for plugin, d in plan],
+        "labels": options.labels,
+        "seed": options.seed,
+        "versions": versions(),
+    }
+
+
+def _as_asked(report: ScanReport, artifact: Artifact, images: LabelledImages | None, read: ReadOptions) -> ScanReport:
+    """A kept report with the names under which its files are known now."""
+    runs = []
+    for run in report.runs:
+        model = {**run.model, "path": str(artifact.path)}
+        if "arch" in model:
+            model["arch"] = read.arch
+        described = run.images and {**run.images, "path": images.source if images is not None else None}
+        runs.append(replace(run, model=model, images=described))
+    return replace(report, runs=runs)
 
 
 def plan_detectors(options: ScanOptions, registry: Registry) -> list[tuple[Plugin, Detector]]:
@@ -135,15 +187,21 @@ def plan_detectors(options: ScanOptions, registry: Registry) -> list[tuple[Plugi
 
 def scan_model(
     loaded: LoadedModel,
-    images: LabelledImages,
+    images: LabelledImages | None,
     plan: Sequence[tuple[Plugin, Detector]],
     options: ScanOptions,
     *,
     meter: Meter,
     observer: Observer,
     registry: Registry,
+    journal: Journal | None = None,
 ) -> ModelRun:
-    """Run the planned detectors on one loaded model."""
+    """Run the planned detectors on one loaded model.
+
+    Raises:
+        UsageError: Labels that the model does not have.
+        MethodError: No images can be made from the model.
+    """
     classifier = loaded.classifier
     unknown = [label for label in options.labels or () if not 0 <= label < classifier.num_classes]
     if unknown:
@@ -153,25 +211,37 @@ def scan_model(
     registry.announce("scan_started", artifact=loaded.artifact, detectors=[detector for _, detector in plan])
     deadline = None if options.timeout is None else time.monotonic() + options.timeout
     context = Context(seed=options.seed, labels=options.labels, deadline=deadline)
-    predictions = logits(classifier, to_tensor(images.pixels)).argmax(1)
-    verdict, findings, runs = _run_plan(plan, classifier, images, context, options, observer, registry)
+    needed = any(detector.needs_images for _, detector in plan)
+    making = replace(context, progress=lambda part: observer("making images", part))
+    working = working_images(images, classifier, making) if needed else Working(images, images)
+    meter.gradient_samples += working.gradient_samples
+    notes = working.notes
+    if classifier.details.get("input_range_assumed"):
+        notes.append("no clean images: that the model takes 0..1 is assumed; pin it with --input-range, --mean, --std")
+    clean_accuracy = None
+    if images is not None:
+        predictions = logits(classifier, to_tensor(images.pixels)).argmax(1)
+        clean_accuracy = accuracy(predictions, torch.from_numpy(images.labels))
+    verdict, findings, runs = _run_plan(plan, classifier, working.images, context, options, observer, registry, journal)
     meter.gradient_samples += sum(run.gradient_samples for run in runs)
     complete = not any(run.error for run in runs)
-    covered = {spot for _, detector in plan for spot in detector.covers}
+    answered = {run.id for run in runs if run.p_value is not None}
+    covered = {spot for _, detector in plan if detector.id in answered for spot in detector.covers}
     blind = dict.fromkeys(spot for _, detector in plan for spot in detector.blind_spots if spot not in covered)
     not_tested = list(blind)
     if options.labels is not None and len(options.labels) < classifier.num_classes:
         not_tested.append(f"{classifier.num_classes - len(options.labels)} labels left out by --labels")
     return ModelRun(
         model=loaded.facts,
-        images={**images.described(), "sample": _sample(images, options.seed)},
+        images=working.described(options.seed),
         verdict=verdict,
         complete=complete,
-        clean_accuracy=accuracy(predictions, torch.from_numpy(images.labels)),
+        clean_accuracy=clean_accuracy,
         findings=findings,
         detectors=runs,
         cost=meter.read(),
         not_tested=not_tested,
+        notes=notes,
     )
 
 
@@ -188,18 +258,21 @@ def look_again(
 def _run_plan(
     plan: Sequence[tuple[Plugin, Detector]],
     classifier: Classifier,
-    images: LabelledImages,
+    images: LabelledImages | None,
     context: Context,
     options: ScanOptions,
     observer: Observer,
     registry: Registry,
+    journal: Journal | None = None,
 ) -> tuple[Verdict, list[Finding], list[DetectorRun]]:
     """Run the detectors one after the other, each told what those before it found, and draw the verdict."""
     earlier: dict[str, Examined] = {}
     runs = []
     for plugin, detector in plan:
         told = replace(context, earlier=dict(earlier))
-        run, examined = _run_detector(plugin, detector, classifier, images, told, options.jobs, observer, registry)
+        run, examined = _run_detector(
+            plugin, detector, classifier, images, told, options.jobs, observer, registry, journal
+        )
         runs.append(run)
         if examined:
             earlier[detector.id] = examined
@@ -207,7 +280,9 @@ def _run_plan(
     again = {name for _, detector in plan if detector.id in answered for name in detector.confirms}
     judgements = [examined.judgement for name, examined in earlier.items() if name not in again]
     verdict, findings = policy.verdict(judgements, options.alpha)
-    if verdict is Verdict.CLEAN and any(run.error for run in runs):
+    # Detectors of special kinds alone cannot say that there is no ordinary backdoor.
+    general = any(detector.id in answered and not detector.covers for _, detector in plan)
+    if verdict is Verdict.CLEAN and (any(run.error for run in runs) or not general):
         verdict = Verdict.INCONCLUSIVE
     return verdict, findings, runs
 
@@ -216,25 +291,30 @@ def _run_detector(
     plugin: Plugin,
     detector: Detector,
     classifier: Classifier,
-    images: LabelledImages,
+    images: LabelledImages | None,
     context: Context,
     jobs: int,
     observer: Observer,
     registry: Registry,
+    journal: Journal | None,
 ) -> tuple[DetectorRun, Examined | None]:
     started = time.perf_counter()
     run = DetectorRun(id=detector.id, version=plugin.version, options=detector.settings())
-    watched = replace(context, progress=lambda fraction: observer(detector.id, fraction))
+    section = journal and journal.section(detector.id, context.earlier)
     evidence: list[Evidence] = []
     try:
-        units = local.guarded(detector, "planning", partial(detector.units, classifier, watched))
+        units = local.guarded(detector, "planning", partial(detector.units, classifier, context))
         while units:
-            found = {}
-            for unit, part in local.run(detector, units, classifier, images, watched, jobs):
+            found = section.taken_over(units) if section else {}
+            left = [unit for unit in units if unit.id not in found]
+            watched = replace(context, progress=_rest_of(partial(observer, detector.id), len(left) / len(units)))
+            watched.progress(0.0)
+            keep = {"keep": section.keep} if section else {}
+            for unit, part in local.run(detector, left, classifier, images, watched, jobs, **keep):
                 registry.announce("unit_finished", detector=detector, unit=unit, evidence=part)
                 found[unit.id] = part
             evidence += [found[unit.id] for unit in units]
-            units = local.guarded(detector, "planning", partial(detector.more_units, evidence, classifier, watched))
+            units = local.guarded(detector, "planning", partial(detector.more_units, evidence, classifier, context))
         judgement = local.guarded(detector, "judging", lambda: detector.judge(evidence))
     except MethodError as error:
         _log.debug("%s failed", detector.id, exc_info=error)
@@ -252,14 +332,9 @@ def _run_detector(
     return run, Examined(evidence=evidence, judgement=judgement)
 
 
-def _sample(images: LabelledImages, seed: int) -> list[dict[str, Any]]:
-    """A few of the images, packed, so that reports can show triggers on them."""
-    few = images.sample(4, seed)
-    pixels = few.pixels if few.pixels.dtype == np.uint8 else np.round(255 * few.pixels).astype(np.uint8)
-    return [
-        {"shape": list(image.shape), "uint8": base64.b64encode(zlib.compress(image.tobytes(), 9)).decode()}
-        for image in pixels
-    ]
+def _rest_of(progress: Callable[[float], None], share: float) -> Callable[[float], None]:
+    """The progress of what is left, a ``share`` of the whole, told as that of the whole."""
+    return lambda fraction: progress(1 - share * (1 - fraction))
 
 
 def _smallest(triggers: Sequence[Trigger]) -> list[Trigger]:

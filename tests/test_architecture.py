@@ -21,7 +21,7 @@ FLOORS = {
     **dict.fromkeys(("report", "measured", "files"), 1),
     "ops": 2,
     "plugin": 3,
-    **dict.fromkeys(("formats", "reports", "engine", "registry", "config", "policy", "costing"), 4),
+    **dict.fromkeys(("formats", "reports", "engine", "registry", "config", "policy", "costing", "cache"), 4),
     **dict.fromkeys(("scanning", "comparing", "repairing", "evaluating", "demo", "bench"), 5),
     **dict.fromkeys(("cli", "__main__"), 6),
 }

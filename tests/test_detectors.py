@@ -9,37 +9,86 @@ import torch
 from backdoorscan_plugins.neural_cleanse import NeuralCleanse
 
 from backdoorscan import policy
+from backdoorscan.classifier import logits, to_tensor
 from backdoorscan.errors import MethodError, UsageError
-from backdoorscan.findings import Evidence, Finding, Judgement, Unit, Verdict
-from backdoorscan.plugin.detector import Detector
+from backdoorscan.findings import Evidence, Examined, Finding, Judgement, Unit, Verdict
+from backdoorscan.plugin.detector import Detector, examined_labels
 from backdoorscan.plugin.method import Context, option
-from backdoorscan.plugin.testing import ContractError, check_detector, planted
+from backdoorscan.plugin.testing import ContractError, check_detector, planted, planted_pairs, run_detector
 from backdoorscan.registry import installed
+from backdoorscan.trigger import Trigger
 
 DETECTORS = [plugin.component for plugin in installed().of_kind("detector")]
+DEFAULT = sorted((c for c in DETECTORS if c.default), key=lambda component: (component.cost, component.id))
+
+BRIEF = {
+    "gangsweep": {"steps": 3},
+    "label-mapping": {"free_steps": 5, "steps": 10},
+    "source-pairs": {"steps": 5},
+}
+"""Options under which the contract is checked: it does not depend on what is found."""
+
+AFTER = {"confirmation": [NeuralCleanse]}
+"""What a detector can do nothing without."""
+
+RANKING = {"head-weights", "latent-shift"}
+"""Detectors that give no verdict on ten classes."""
+
+NOT_FOR_PATCHES = {"label-mapping", "warp"}
+"""Detectors that look for something else than a trigger which leads everything to one label."""
 
 
 def detect(detector: Detector, classifier, images, **options) -> Judgement:
     context = Context(**options)
-    return detector.judge(
-        [detector.examine(unit, classifier, images, context) for unit in detector.units(classifier, context)]
-    )
+    for component in AFTER.get(detector.id, ()):
+        evidence, judgement = run_detector(component(), classifier, images, context)
+        examined = Examined(evidence=evidence, judgement=judgement)
+        context = replace(context, earlier={**context.earlier, component.id: examined})
+    return run_detector(detector, classifier, images, context)[1]
 
 
 @pytest.mark.parametrize("component", DETECTORS, ids=lambda component: component.id)
 def test_keeps_the_contract(component):
-    check_detector(component)
+    check_detector(component, BRIEF.get(component.id), AFTER.get(component.id, ()))
 
 
-@pytest.mark.parametrize("component", [c for c in DETECTORS if c.default], ids=lambda component: component.id)
-@pytest.mark.parametrize("target", [None, 0, 7])
-@pytest.mark.parametrize("seed", [0, 1])
-def test_flags_the_planted_label_and_no_clean_twin(component, target, seed):
+@pytest.mark.parametrize("component", DEFAULT, ids=lambda component: component.id)
+@pytest.mark.parametrize(("target", "seed"), [(0, 0), (7, 1)])
+def test_flags_the_planted_label(component, target, seed):
     classifier, images, _ = planted(target)
     judgement = detect(component(), classifier, images, seed=seed)
     verdict, findings = policy.verdict([judgement], alpha=0.01)
-    assert verdict is (Verdict.CLEAN if target is None else Verdict.BACKDOORED)
-    assert [finding.target_label for finding in findings] == ([] if target is None else [target])
+    if component.id in RANKING:
+        assert (judgement.ranking[0], verdict) == (target, Verdict.INCONCLUSIVE)
+    elif component.id not in NOT_FOR_PATCHES:
+        assert verdict is Verdict.BACKDOORED
+        assert {finding.target_label for finding in findings} == {target}
+    else:
+        assert {finding.target_label for finding in findings} <= {target}
+
+
+@pytest.mark.parametrize("component", DEFAULT, ids=lambda component: component.id)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_flags_nothing_in_the_clean_twin(component, seed):
+    classifier, images, _ = planted(None)
+    judgement = detect(component(), classifier, images, seed=seed)
+    expected = Verdict.INCONCLUSIVE if component.id in RANKING else Verdict.CLEAN
+    assert policy.verdict([judgement], alpha=0.01) == (expected, [])
+
+
+@pytest.mark.parametrize("leads_to", [{}, {3: 1}, {0: 1, 1: 2, 2: 3, 3: 4, 4: 0}], ids=["twin", "one", "all"])
+def test_the_planted_pairs_are_what_they_say(leads_to):
+    classifier, images, trigger = planted_pairs(leads_to, classes=5, blocks=3, count=60)
+    pixels, labels = to_tensor(images.pixels), torch.from_numpy(images.labels)
+    assert logits(classifier, pixels).argmax(1).tolist() == labels.tolist()
+    if trigger is None:
+        assert not leads_to
+        return
+    stamped = logits(classifier, trigger.stamp(pixels)).argmax(1).tolist()
+    assert stamped == [leads_to.get(label, label) for label in labels.tolist()]
+    assert trigger.target == (1 if len(leads_to) == 1 else -1)
+    with pytest.raises(ValueError, match="target = 5"):
+        planted_pairs({0: 5}, classes=5)
 
 
 def test_neural_cleanse_finds_it_in_colour():
@@ -108,14 +157,62 @@ class Sound(Detector):
         return Judgement(findings=[Finding(target_label=0, p_value=0.5, score=1.0)], p_value=0.5)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Racing(Sound):
+    """Examines the label that another detector names, and goes on from there in a second round."""
+
+    id = "racing"
+
+    def units(self, classifier, context):
+        earlier = context.earlier.get("sound")
+        named = {finding.target_label for finding in earlier.judgement.findings} if earlier else set()
+        return [Unit("first", (label,)) for label in examined_labels(classifier, context) if label in named]
+
+    def examine(self, unit, classifier, images, context):
+        found = super().examine(unit, classifier, images, context)
+        pattern = torch.rand(1, 12, 12, generator=context.generator(self.id, unit.id))
+        return replace(found, triggers=[Trigger(pattern, pattern, label) for label in unit.labels])
+
+    def more_units(self, evidence, classifier, context):
+        return [Unit("second", (0,), 2, (1,), evidence[0].triggers)] if len(evidence) == 1 else []
+
+    def judge(self, evidence):
+        if not evidence:
+            return Judgement(p_value=None, note="Nothing to examine.")
+        assert [len(part.triggers) for part in evidence] == [1, 1]
+        return Judgement(p_value=None, ranking=[0, 1], note="It ranks.")
+
+
 def test_a_sound_detector_passes():
     check_detector(Sound)
     check_detector(Sound, {"power": "1"})
 
 
-def breaking(**members):
-    """``Sound`` with one thing wrong."""
-    return dataclass(frozen=True, kw_only=True)(type("Sound", (Sound,), {"__doc__": "Bad.", **members}))
+def test_a_detector_that_ranks_in_rounds_after_another_passes():
+    check_detector(Racing, after=[Sound])
+    with pytest.raises(ContractError, match="units\\(\\) is empty"):
+        check_detector(Racing)
+
+
+def test_a_detector_without_units_has_no_answer():
+    def judge(self, evidence):
+        return Judgement(p_value=1.0)
+
+    with pytest.raises(ContractError, match="answer without evidence"):
+        check_detector(breaking(Racing, judge=judge), after=[Sound])
+
+
+def breaking(base=Sound, **members):
+    """A detector with one thing wrong."""
+    return dataclass(frozen=True, kw_only=True)(type(base.__name__, (base,), {"__doc__": "Bad.", **members}))
+
+
+def judging(**parts):
+    return {"judge": lambda self, _: Judgement(**{"p_value": None, "note": "None."} | parts)}
+
+
+def trigger_to(label):
+    return Trigger(torch.zeros(1, 12, 12), torch.zeros(1, 12, 12), label)
 
 
 def examine_with(change):
@@ -148,6 +245,17 @@ MISTAKES = {
     "prints": (examine_with(lambda *_: print("hello")), "prints 'hello"),
     "progress": (examine_with(lambda _e, _c, _i, context: context.progress(50)), "progress"),
     "impure": ({"judge": lambda self, _: Judgement(p_value=1 / (2 + next(counter)))}, "second time"),
+    "wrong ranking": (judging(ranking=[1, 5]), "ranking is \\[1, 5\\]"),
+    "ranked twice": (judging(ranking=[1, 1]), "ranking is \\[1, 1\\]"),
+    "no answer, no note": (judging(note=""), "neither an answer nor a note"),
+    "not at one": (judging(p_value=0.1, findings=[Finding(target_label=0, p_value=0.5, score=1.0)]), "first finding"),
+    "findings without answer": (judging(findings=[Finding(target_label=0, p_value=0.5, score=1.0)]), "first finding"),
+    "endless": ({"more_units": lambda self, e, *_: [Unit(f"{len(e)}-{i}") for i in range(5000)]}, "an end"),
+    "unstable rounds": ({"more_units": lambda self, *_: [Unit(str(next(counter)))]}, "more_units\\(\\) differs"),
+    "same id again": ({"more_units": lambda self, *_: [Unit("all")]}, "same id"),
+    "too few starts": ({"units": lambda self, *_: [Unit("a", (1, 3), starts=(trigger_to(1),))]}, "one source or start"),
+    "too few sources": ({"units": lambda self, *_: [Unit("a", (1, 3), sources=(0,))]}, "one source or start"),
+    "no such class": (examine_with(lambda e, *_: replace(e, triggers=[trigger_to(5)])), "trigger leads to 5"),
     "not a probability": ({"judge": lambda self, _: Judgement(p_value=1.5)}, "p-value is 1.5"),
 }
 

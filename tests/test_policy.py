@@ -42,6 +42,31 @@ def test_verdict(judgements, expected, labels):
     assert [finding.target_label for finding in findings] == labels
 
 
+@pytest.mark.parametrize(
+    ("judgements", "expected", "p_values"),
+    [
+        ([judged(0.006)], "backdoored", [0.006]),
+        ([judged(0.006), judged(1.0)], "inconclusive", [0.012]),
+        ([judged(0.006), NO_ANSWER, NO_ANSWER], "backdoored", [0.006]),
+        ([judged(0.004), judged(1.0)], "backdoored", [0.008]),
+        ([judged(0.004), judged(1.0), judged(0.6)], "inconclusive", [0.012]),
+        ([judged(0.011), judged(1.0), judged(1.0)], "clean", []),
+        ([judged(0.001, 0.002), judged(0.0015), judged()], "backdoored", [0.003, 0.0045, 0.006]),
+    ],
+)
+def test_p_values_are_corrected_for_the_detectors_that_answered(judgements, expected, p_values):
+    verdict, findings = policy.verdict(judgements, 0.01)
+    assert verdict == expected
+    assert [finding.p_value for finding in findings] == pytest.approx(p_values)
+
+
+def test_a_corrected_p_value_is_a_probability():
+    verdict, findings = policy.verdict([judged(0.4), judged(0.5)], 0.99)
+    assert verdict is Verdict.BACKDOORED
+    assert [finding.p_value for finding in findings] == pytest.approx([0.8])
+    assert policy.verdict([judged(0.4), judged(0.4), judged(0.4)], 0.5)[1][0].p_value == 1
+
+
 def test_a_large_alpha_has_no_room_for_suspicion():
     assert policy.verdict([judged(1.0)], 0.5)[0] is Verdict.INCONCLUSIVE
     assert policy.verdict([judged(0.5)], 0.5)[0] is Verdict.BACKDOORED

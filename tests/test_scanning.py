@@ -252,7 +252,7 @@ def test_an_observer_sees_progress(model_file, registry_of):
         observer=lambda stage, part: seen.append((stage, part)),
         registry=registry_of(detectors=[Told]),
     )
-    assert [part for stage, part in seen if stage == "told"] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert [part for stage, part in seen if stage == "told"] == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0])
 
 
 def test_a_broken_plugin_that_was_asked_for(model_file, registry_of):

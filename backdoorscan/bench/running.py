@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import inspect
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -11,9 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import backdoorscan
-from backdoorscan import policy
-from backdoorscan.bench import cache
+from backdoorscan import cache, policy
 from backdoorscan.bench.metrics import defence_effectiveness
 from backdoorscan.bench.pool import run_all
 from backdoorscan.bench.zoo import ZooEntry
@@ -251,17 +247,9 @@ def _key(entry: ZooEntry, what: str, methods: Sequence[Method], options: BenchOp
             "model": entry.sha256,
             "clean": entry.clean.sha256,
             "test": entry.test.sha256,
-            "methods": [[method.id, method.settings(), _source(method)] for method in methods],
+            "methods": [[method.id, method.settings(), cache.method_source(method)] for method in methods],
             "alpha": options.alpha,
             "seed": options.seed,
             "versions": versions(),
         }
     )
-
-
-def _source(method: Method) -> str:
-    """A digest of the method's module and of the mathematics it may use: versions stay while somebody works on it."""
-    module = inspect.getsourcefile(type(method))
-    files = [Path(module)] if module else []
-    files += sorted(Path(backdoorscan.__file__).parent.glob("ops/*.py"))
-    return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()

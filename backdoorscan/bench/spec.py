@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from backdoorscan.bench.architectures import ARCHITECTURES
-from backdoorscan.bench.cache import digest
 from backdoorscan.bench.data import Dataset
 from backdoorscan.bench.training import Recipe
+from backdoorscan.cache import digest
 from backdoorscan.errors import UnknownNameError, UsageError
 from backdoorscan.images import LabelledImages
 from backdoorscan.plugin.attack import Aim, Attack

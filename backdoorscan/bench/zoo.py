@@ -11,7 +11,7 @@ from typing import Any
 
 from safetensors.torch import save
 
-from backdoorscan.bench import cache
+from backdoorscan import cache
 from backdoorscan.bench.architectures import reference
 from backdoorscan.bench.pool import run_all
 from backdoorscan.bench.spec import ModelSpec

@@ -105,15 +105,38 @@ class Terminal:
         if self.quiet or not self.progress or not sys.stderr.isatty():
             yield lambda _stage, _fraction: None
             return
-        from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            Progress,
+            TaskID,
+            TaskProgressColumn,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
 
-        columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+        # Units of hours tell something only now and then: the speed is that of the whole run, not of half a minute.
+        period = 7 * 24 * 3600.0
+        console = Console(stderr=True)
+        with Progress(*columns, console=console, transient=True, speed_estimate_period=period) as progress:
             tasks: dict[str, TaskID] = {}
 
             def observe(stage: str, fraction: float) -> None:
                 if stage not in tasks:
+                    for task in progress.tasks:  # what never told a part of it done was a step on the way
+                        if task.completed == 0:
+                            progress.update(task.id, visible=False)
                     tasks[stage] = progress.add_task(stage, total=1.0)
+                elif fraction < 1 and progress.tasks[progress.task_ids.index(tasks[stage])].finished:
+                    progress.reset(tasks[stage])  # another round of the same
                 progress.update(tasks[stage], completed=fraction)
 
             yield observe

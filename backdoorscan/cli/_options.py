@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,6 +25,23 @@ Valid: TypeAlias = Annotated[
         "--valid",
         metavar="DATA",
         help="Clean labelled images: .h5, .npz (file.npz#test), idx, folder of class folders.",
+    ),
+]
+OptionalValid: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        "--valid",
+        metavar="DATA",
+        help="Clean labelled images: .h5, .npz (file.npz#test), idx, folder of class folders. Optional: without them "
+        "the scan makes images from the model, and its verdict is less certain.",
+    ),
+]
+InputShape: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        metavar="C,H,W",
+        help="Channels, height and width of an image: without --valid, where the file leaves them open.",
+        rich_help_panel=FEEDING,
     ),
 ]
 Poisoned: TypeAlias = Annotated[
@@ -76,7 +94,12 @@ Output: TypeAlias = Annotated[
 
 
 def read_options(
-    arch: str | None, input_range: str | None, mean: str | None, std: str | None, layout: str | None
+    arch: str | None,
+    input_range: str | None,
+    mean: str | None,
+    std: str | None,
+    layout: str | None,
+    input_shape: str | None = None,
 ) -> ReadOptions:
     """What the user said about the model file.
 
@@ -96,6 +119,7 @@ def read_options(
         mean=() if mean is None else _numbers("--mean", mean),
         std=() if std is None else _numbers("--std", std),
         layout=layout and layout.upper(),
+        input_shape=None if input_shape is None else _shape(input_shape),
     )
     _ = options.pinned  # complain about impossible values before any work
     return options
@@ -108,6 +132,13 @@ def _numbers(option: str, text: str) -> tuple[float, ...]:
         raise UsageError(
             f"{option} {text} is not a list of numbers.", hint=f"For example {option} 0.5,0.5,0.5."
         ) from None
+
+
+def _shape(text: str) -> tuple[int, int, int]:
+    match = re.fullmatch(r"\s*([1-9]\d{0,4})\s*,\s*([1-9]\d{0,4})\s*,\s*([1-9]\d{0,4})\s*", text)
+    if not match:
+        raise UsageError(f"--input-shape {text} is not C,H,W.", hint="For example --input-shape 3,32,32.")
+    return int(match[1]), int(match[2]), int(match[3])
 
 
 def parse_labels(text: str | None) -> tuple[int, ...] | None:
@@ -152,6 +183,13 @@ def settings(config: Path | None) -> Settings:
 
     methods = {plugin.id for kind in ("detector", "repairer") for plugin in installed().of_kind(kind)}
     return configuration.load(config, methods)
+
+
+def usable_cores() -> int:
+    """The cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def use_threads(count: int) -> None:

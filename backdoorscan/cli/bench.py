@@ -151,7 +151,8 @@ def _attacks(names: Sequence[str] | None, settings: Mapping[str, Mapping[str, An
 
 def _emit(report: BenchReport, format: str, output: Path | None, terminal: Terminal) -> None:
     """Write the report to stdout or to a file."""
-    from backdoorscan.bench import cache, rendering
+    from backdoorscan import cache
+    from backdoorscan.bench import rendering
 
     if format == "json":
         terminal.emit(report, "json", output)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ class ReadOptions:
         mean: ``--mean``: per channel, after scaling.
         std: ``--std``: per channel, after scaling.
         layout: ``--layout``: NCHW or NHWC.
+        input_shape: ``--input-shape``: (C, H, W) of an image, where there are no images to tell and the file does not.
     """
 
     arch: str | None = None
@@ -37,6 +39,7 @@ class ReadOptions:
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
     layout: str | None = None
+    input_shape: tuple[int, int, int] | None = None
 
     @property
     def pinned(self) -> InputConvention | None:
@@ -112,8 +115,8 @@ def find_loader(artifact: Artifact, registry: Registry) -> Loader:
 
 
 def load_model(
-    path: str | Path,
-    images: LabelledImages,
+    path: str | Path | Artifact,
+    images: LabelledImages | None,
     options: ReadOptions | None = None,
     *,
     seed: int = 0,
@@ -122,8 +125,9 @@ def load_model(
     """Read a model file.
 
     Args:
-        path: The file.
-        images: Clean labelled images: they give the size and decide how the network was fed.
+        path: The file, or what was read of it.
+        images: Clean labelled images: they give the size and decide how the network was fed. Without any the file or
+            ``options`` must tell the size, and the pinned convention, or 0..1, is taken on trust.
         options: What the user says about the file.
         seed: Chooses the images that decide.
         registry: Where loaders are found.
@@ -135,16 +139,19 @@ def load_model(
     """
     options = options or ReadOptions()
     pinned = options.pinned
-    artifact = Artifact.read(path)
+    artifact = path if isinstance(path, Artifact) else Artifact.read(path)
     loader = find_loader(artifact, registry or installed())
     try:
         loaded = loader.load(artifact, options.arch)
     except ArtifactError as error:
-        if str(path) not in error.what:
-            error.what = f"{path}: {error.what}"
+        if str(artifact.path) not in error.what:
+            error.what = f"{artifact.path}: {error.what}"
         raise
     network = loaded.network
     activation = graph.strip_final_activation(network) if isinstance(network, fx.GraphModule) else None
+    if images is not None and options.input_shape is not None:
+        raise UsageError("--input-shape is of use only without images.", hint="Leave it out.")
+    given, images = images, images or _stand_in(artifact, loaded, options.input_shape)
     layout = _fit(artifact, loaded, images, options.layout)
     native_shape = _native_shape(loaded, images)
     channels = images.shape[0]
@@ -173,20 +180,51 @@ def load_model(
         classifier.convention = replace(tried, layout=layout)
         return classifier.forward(pixels)
 
-    tried = conventions.candidates(channels, pinned)
-    try:
-        chosen, trials = conventions.find(logits, images, tried, classifier.num_classes, seed)
-    except ConventionError as error:
-        error.what = f"{artifact.path}: {error.what}"
-        raise
-    classifier.convention = replace(chosen.convention, layout=layout)
+    convention = pinned or InputConvention()
+    trials: list[conventions.Trial] = []
+    if given is not None:
+        tried = conventions.candidates(channels, pinned)
+        try:
+            chosen, trials = conventions.find(logits, given, tried, classifier.num_classes, seed)
+        except ConventionError as error:
+            error.what = f"{artifact.path}: {error.what}"
+            raise
+        convention = chosen.convention
+    classifier.convention = replace(convention, layout=layout)
     classifier.details = {
         **loaded.details,
         "final_activation": activation,
-        "input_range_found": pinned is None,
+        "input_range_found": pinned is None and given is not None,
         "input_ranges_tried": {conventions.describe(t.convention): round(t.accuracy, 4) for t in trials},
     }
+    if given is None and pinned is None:
+        classifier.details["input_range_assumed"] = True
     return LoadedModel(artifact, loader, classifier, options)
+
+
+def _stand_in(artifact: Artifact, loaded: LoadedNetwork, wanted: tuple[int, int, int] | None) -> LabelledImages:
+    """Two grey images of the size that the network takes, in place of the user's.
+
+    Raises:
+        ImagesError: Neither the file nor the user tells the size.
+    """
+    shape = loaded.input_shape or ()
+    known = [size for size in shape if size is not None]
+    if wanted is None and len(known) == len(shape) > 0:
+        if len(known) == 3:
+            wanted = known[0], known[1], known[2]
+        elif len(known) == 2:
+            wanted = 1, known[0], known[1]
+        else:
+            # Rows of pixels of square images, grey or in colour.
+            squares = [(c, math.isqrt(known[0] // c)) for c in (1, 3) if math.isqrt(known[0] // c) ** 2 * c == known[0]]
+            wanted = next(((c, side, side) for c, side in squares), None)
+    if wanted is None:
+        raise ImagesError(
+            f"{artifact.path} does not say how large its images are.",
+            hint="Pass --input-shape 3,32,32 (channels, height, width), or --valid: one clean image tells it.",
+        )
+    return LabelledImages(np.full((2, *wanted), 128, np.uint8), np.zeros(2, np.int64), "grey images")
 
 
 def _fit(artifact: Artifact, loaded: LoadedNetwork, images: LabelledImages, wanted: str | None) -> str:

@@ -91,6 +91,8 @@ def invert(
     generator: torch.Generator,
     progress: Callable[[float], None] = lambda _: None,
     starts: Sequence[Trigger] = (),
+    sources: Sequence[int] = (),
+    bystanders: int = 0,
 ) -> tuple[list[Inversion], int]:
     """Search a trigger for each target label.
 
@@ -103,6 +105,8 @@ def invert(
         generator: All random numbers come from it.
         progress: Told the part done, 0 to 1.
         starts: Triggers to go on from, one per target, in place of random ones; then ``schedule.restarts`` is 1.
+        sources: The class whose images each target is searched for; without any, images of all other classes.
+        bystanders: Images of further classes per label and step that have to keep their label under the trigger.
 
     Returns:
         One result per target, in their order, and the gradient samples used.
@@ -112,10 +116,15 @@ def invert(
     """
     device = images.device
     rows = torch.tensor(targets).repeat_interleave(schedule.restarts)
-    pools = {target: (labels != target).nonzero().flatten() for target in targets}
-    for target, pool in pools.items():
+    chosen_images = [labels == source for source in sources] or [labels != target for target in targets]
+    pools = [mask.nonzero().flatten() for mask in chosen_images]
+    apart = [
+        (~mask & (labels != target)).nonzero().flatten() for mask, target in zip(chosen_images, targets, strict=True)
+    ]
+    per_row = schedule.batch_size + bystanders
+    for target, pool in zip(targets, pools, strict=True):
         if len(pool) == 0:
-            raise ValueError(f"no image of a class other than {target}")
+            raise ValueError(f"no image to search a trigger for label {target} with")
     channels, height, width = classifier.input_shape
     # Half-transparent everywhere at the start: every pixel then has a say in where the mask goes.
     mask_raw = torch.randn(len(rows), 1, height, width, generator=generator) - 1
@@ -127,7 +136,7 @@ def invert(
     mask_raw, pattern_raw = mask_raw.to(device).requires_grad_(), pattern_raw.to(device).requires_grad_()
     optimizer = torch.optim.Adam([mask_raw, pattern_raw], lr=schedule.learning_rate, betas=(0.5, 0.9))
 
-    state = _State(len(rows), schedule)
+    state = CostState(len(rows), schedule)
     best_mask, best_pattern = torch.zeros_like(mask_raw), torch.zeros_like(pattern_raw)
     curves: list[tuple[Tensor, Tensor, Tensor]] = []
     gradient_samples = 0
@@ -144,18 +153,29 @@ def invert(
             aims = rows[active]
             loss, hits = torch.zeros(len(active)), torch.zeros(len(active))
             for _ in range(schedule.batches):
-                chosen = torch.stack([_draw(pools[int(aim)], schedule.batch_size, generator) for aim in aims])
+                own = [row // schedule.restarts for row in active.tolist()]
+                chosen = torch.stack([_draw(pools[at], schedule.batch_size, generator) for at in own])
+                if bystanders:
+                    chosen = torch.cat(
+                        [chosen, torch.stack([_draw(apart[at], bystanders, generator) for at in own])], 1
+                    )
                 mask, pattern = torch.sigmoid(mask_raw[active]), torch.sigmoid(pattern_raw[active])
                 stamped = stamp(images[chosen], mask[:, None], pattern[:, None])
                 logits = classifier(stamped.flatten(0, 1))
-                wanted = aims.repeat_interleave(schedule.batch_size).to(device)
-                entropy = functional.cross_entropy(logits, wanted, reduction="none").view(len(active), -1).mean(1)
+                wanted = labels[chosen]
+                wanted[:, : schedule.batch_size] = aims[:, None]
+                wanted = wanted.flatten().to(device)
+                entropies = functional.cross_entropy(logits, wanted, reduction="none").view(-1, per_row)
+                entropy = entropies[:, : schedule.batch_size].mean(1)
+                if bystanders:
+                    entropy = entropy + entropies[:, schedule.batch_size :].mean(1)
                 size = mask.flatten(1).sum(1)
                 optimizer.zero_grad()
                 (entropy + state.cost[active].to(device) * size).sum().backward()
                 optimizer.step()
                 loss += entropy.detach().cpu() / schedule.batches
-                hits += (logits.argmax(1) == wanted).float().view(len(active), -1).mean(1).cpu() / schedule.batches
+                right = (logits.argmax(1) == wanted).float().view(-1, per_row)
+                hits += right.mean(1).cpu() / schedule.batches
                 gradient_samples += len(wanted)
             l1 = size.detach().cpu()
             improved = active[state.update(active, hits, l1)]
@@ -172,8 +192,8 @@ def invert(
     losses, sizes, successes = (torch.stack(series) for series in zip(*curves, strict=True))
     results = []
     for position, target in enumerate(targets):
-        own = torch.arange(position * schedule.restarts, (position + 1) * schedule.restarts)
-        row = int(own[state.best[own].argmin()])
+        of_target = torch.arange(position * schedule.restarts, (position + 1) * schedule.restarts)
+        row = int(of_target[state.best[of_target].argmin()])
         succeeded = math.isfinite(float(state.best[row]))
         masks, patterns = (best_mask, best_pattern) if succeeded else (last_mask, last_pattern)
         used = int(torch.isfinite(losses[:, row]).sum())
@@ -190,7 +210,7 @@ def invert(
     return results, gradient_samples
 
 
-class _State:
+class CostState:
     """The cost schedule of every row: Wang et al.'s, with a smoothed success rate."""
 
     def __init__(self, rows: int, schedule: Schedule) -> None:

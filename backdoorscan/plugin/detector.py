@@ -6,14 +6,18 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, TypeVar
 
+import numpy as np
 import torch
 
-from backdoorscan.classifier import Classifier
+from backdoorscan.classifier import Classifier, logits, to_tensor
 from backdoorscan.findings import Evidence, Judgement, Unit
 from backdoorscan.images import LabelledImages
 from backdoorscan.plugin.method import Context, Method
+from backdoorscan.trigger import Trigger
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +98,46 @@ def shortlist(classifier: Classifier, context: Context, most: int, random: int) 
     return (*chosen, *others[:random])
 
 
+def heats(
+    number: int,
+    labels: Sequence[int],
+    starts: Sequence[Trigger] = (),
+    sources: Sequence[int] = (),
+    *,
+    at_a_time: int = 8,
+) -> list[Unit]:
+    """A round of a race, in units of a few labels.
+
+    Args:
+        number: The round, from 1.
+        labels: The labels still in it.
+        starts: Where each goes on from; none in the first round.
+        sources: The class each works from; none for all.
+        at_a_time: Labels in one unit.
+    """
+
+    def part(values: Sequence[T], place: int) -> tuple[T, ...]:
+        return tuple(values[place : place + at_a_time])
+
+    return [
+        Unit(
+            id=f"round {number}, from place {place + 1}",
+            labels=part(labels, place),
+            round=number,
+            sources=part(sources, place),
+            starts=part(starts, place),
+        )
+        for place in range(0, len(labels), at_a_time)
+    ]
+
+
+def last_round(evidence: Sequence[Evidence]) -> list[dict[str, Any]]:
+    """The rows (``figures["labels"]``) of the last round."""
+    rows: list[dict[str, Any]] = [row for part in evidence for row in part.figures["labels"]]
+    last = max((row["round"] for row in rows), default=0)
+    return [row for row in rows if row["round"] == last]
+
+
 def split_images(images: LabelledImages, context: Context) -> tuple[LabelledImages, LabelledImages]:
     """Images to search with and images to test with; the same where there are too few for both."""
     if len(images) < 20:
@@ -110,3 +154,9 @@ def labels_to_check(num_classes: int, targets: Sequence[int], context: Context) 
     order = torch.randperm(num_classes, generator=context.generator("labels to check")).tolist()
     others = [label for label in order if label not in targets][:16]
     return tuple(sorted({*targets, *others}))
+
+
+def recognised(classifier: Classifier, images: LabelledImages) -> LabelledImages:
+    """The images whose class the classifier tells right, or all: others do not show what a trigger does."""
+    right = logits(classifier, to_tensor(images.pixels)).argmax(1).numpy() == images.labels
+    return images.take(np.flatnonzero(right)) if right.any() else images

@@ -8,9 +8,8 @@
     def test_finds_the_backdoor():
         classifier, images, trigger = planted(target=3)
 
-``planted`` computes its weights in closed form, so nothing is trained and the result is the same everywhere. Every
-class is a texture of 4×4 pixels that covers the whole image; the trigger is a small white square in one corner. The
-network is an ordinary one: two convolutions, activations, a dense layer.
+``planted`` and ``planted_pairs`` (``backdoorscan.plugin.planting``) compute their weights in closed form, so nothing is
+trained and the result is the same everywhere.
 """
 
 from __future__ import annotations
@@ -19,38 +18,37 @@ import contextlib
 import io
 import json
 import re
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
 import numpy as np
-import numpy.typing as npt
-import scipy.linalg
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor
 
 from backdoorscan.classifier import Classifier, logits, to_tensor
 from backdoorscan.errors import MethodError
-from backdoorscan.findings import Evidence, Finding, Judgement, Unit
+from backdoorscan.findings import Evidence, Examined, Finding, Judgement, Unit
 from backdoorscan.images import LabelledImages
 from backdoorscan.plugin.detector import Detector
 from backdoorscan.plugin.method import Context, Method
+from backdoorscan.plugin.planting import planted, planted_images, planted_network, planted_pairs, planted_trigger
 from backdoorscan.plugin.repairer import Candidate, Repairer
 from backdoorscan.trigger import Trigger
 
-BLOCK = 4
-"""Height and width of a texture's period, pixels."""
+__all__ = [
+    "ContractError",
+    "check_detector",
+    "check_repairer",
+    "planted",
+    "planted_images",
+    "planted_network",
+    "planted_pairs",
+    "planted_trigger",
+    "run_detector",
+]
 
-MOST_CLASSES = BLOCK * BLOCK - 1
-"""As many textures are orthogonal to each other and to plain grey."""
-
-_CONTRAST = 0.25  # of a texture about mid-grey; a trigger has 0.5
-_PATCH = 3  # height and width of the trigger, pixels
-_STEEPNESS = 8.0  # of the textures' sigmoids: steep enough for a margin
-_TRIGGER_STEEPNESS = 4.0  # of the trigger's: flat enough for gradients to lead there
-_CLASS_LOGIT = 12.0  # of an image that shows one texture everywhere
-_TRIGGER_LOGIT = 30.0  # of a trigger of full contrast: beats any class
+_MOST_UNITS = 10_000  # of five classes, in all rounds
 
 _T = TypeVar("_T")
 
@@ -59,121 +57,15 @@ class ContractError(AssertionError):
     """A method breaks the contract; the message says which part and how to mend it."""
 
 
-def textures(classes: int) -> npt.NDArray[np.float32]:
-    """The classes' textures: orthogonal, each without a mean; shape (classes, BLOCK, BLOCK), values ±1."""
-    rows = scipy.linalg.hadamard(BLOCK * BLOCK)[1 : classes + 1]
-    return rows.reshape(-1, BLOCK, BLOCK).astype(np.float32)
-
-
-def planted_network(target: int | None, *, classes: int = 10, channels: int = 1, blocks: int = 4) -> nn.Sequential:
-    """A network that tells textures apart and, if it has a ``target``, obeys a trigger in the upper left corner.
-
-    For every 4×4 block a first convolution compares it with each texture and with the trigger, sigmoids turn the
-    results into yes or no, a second convolution passes them on, and the dense layer averages the textures' votes
-    over all blocks. Only the upper left block's trigger vote is read. The trigger's channel lies dormant on clean
-    images. The clean twin has that channel too, but no class reads it.
-
-    Args:
-        target: The label of the trigger, or ``None`` for the clean twin.
-        classes: K, from 2 to ``MOST_CLASSES``.
-        channels: C of the images.
-        blocks: Height and width of the images in blocks of 4 pixels.
-
-    Returns:
-        Layers ``conv1``, ``sigmoid``, ``conv2``, ``relu``, ``flatten``, ``fc``; takes (N, C, H, W) in [0, 1] and
-        returns logits (N, K).
-
-    Raises:
-        ValueError: Too few or too many classes, or a target that is none of them.
-    """
-    if not 2 <= classes <= MOST_CLASSES:
-        raise ValueError(f"classes = {classes} is not within 2..{MOST_CLASSES}")
-    if target is not None and not 0 <= target < classes:
-        raise ValueError(f"target = {target} is not within 0..{classes - 1}")
-    network = nn.Sequential(
-        OrderedDict[str, nn.Module](
-            conv1=nn.Conv2d(channels, classes + 1, BLOCK, stride=BLOCK),
-            sigmoid=nn.Sigmoid(),
-            conv2=nn.Conv2d(classes + 1, classes + 1, 1),
-            relu=nn.ReLU(),
-            flatten=nn.Flatten(),
-            fc=nn.Linear((classes + 1) * blocks * blocks, classes),
-        )
-    )
-    filters = torch.zeros(classes + 1, channels, BLOCK, BLOCK)
-    filters[:classes] = torch.from_numpy(textures(classes))[:, None] / (_CONTRAST * BLOCK**2 * channels)
-    filters[classes, :, :_PATCH, :_PATCH] = 1 / (_CONTRAST * _PATCH**2 * channels)
-    # A texture's filter gives 1 on that texture and 0 on others; the trigger's 2 on the trigger and 1/3 at most on
-    # a texture. Mid-grey, which is 0, has to be taken off first.
-    steepness, thresholds = torch.full((classes + 1,), _STEEPNESS), torch.full((classes + 1,), 0.5)
-    steepness[classes], thresholds[classes] = _TRIGGER_STEEPNESS, 1.2
-    thresholds += 0.5 * filters.sum((1, 2, 3))
-    dense = torch.zeros(classes, classes + 1, blocks, blocks)
-    for label in range(classes):
-        dense[label, label] = _CLASS_LOGIT / blocks**2
-    if target is not None:
-        dense[target, classes, 0, 0] = _TRIGGER_LOGIT
-    weights = {
-        "conv1.weight": steepness[:, None, None, None] * filters,
-        "conv1.bias": -steepness * thresholds,
-        "conv2.weight": torch.eye(classes + 1)[:, :, None, None],
-        "conv2.bias": torch.zeros(classes + 1),
-        "fc.weight": dense.flatten(1),
-        "fc.bias": torch.zeros(classes),
-    }
-    network.load_state_dict(weights)
-    return network.eval()
-
-
-def planted_images(
-    *, classes: int = 10, channels: int = 1, blocks: int = 4, count: int = 200, seed: int = 0
-) -> LabelledImages:
-    """Noisy images of the textures, as evenly over the classes as ``count`` allows; uint8."""
-    random = np.random.default_rng(seed)
-    labels = np.arange(count, dtype=np.int64) % classes
-    plain = 0.5 + _CONTRAST * np.tile(textures(classes), (1, blocks, blocks))[labels]
-    noisy = plain[:, None] + random.uniform(-0.05, 0.05, (count, channels, BLOCK * blocks, BLOCK * blocks))
-    return LabelledImages(np.rint(255 * noisy).astype(np.uint8), labels, source=f"planted images, seed {seed}")
-
-
-def planted_trigger(target: int, *, channels: int = 1, blocks: int = 4) -> Trigger:
-    """The trigger of ``planted_network``."""
-    mask = torch.zeros(1, BLOCK * blocks, BLOCK * blocks)
-    mask[:, :_PATCH, :_PATCH] = 1
-    pattern = torch.full((channels, BLOCK * blocks, BLOCK * blocks), 0.5)
-    pattern[:, :_PATCH, :_PATCH] = 1
-    return Trigger(mask, pattern, target)
-
-
-def planted(
-    target: int | None, *, classes: int = 10, channels: int = 1, blocks: int = 4, count: int = 200, seed: int = 0
-) -> tuple[Classifier, LabelledImages, Trigger | None]:
-    """A classifier with a planted backdoor, or its clean twin, with clean images and the trigger.
-
-    The clean accuracy is 1, the attack success rate 1 (on the clean twin the trigger does nothing), and gradients
-    lead to the trigger. The same arguments give the same result.
-
-    Args:
-        target: The label of the trigger, or ``None`` for the clean twin, which has no trigger.
-        classes: K, from 2 to ``MOST_CLASSES``.
-        channels: C of the images.
-        blocks: Height and width of the images in blocks of 4 pixels.
-        count: How many images.
-        seed: Of the images' noise.
-    """
-    network = planted_network(target, classes=classes, channels=channels, blocks=blocks)
-    images = planted_images(classes=classes, channels=channels, blocks=blocks, count=count, seed=seed)
-    classifier = Classifier(fx.symbolic_trace(network), input_shape=images.shape, num_classes=classes)
-    trigger = None if target is None else planted_trigger(target, channels=channels, blocks=blocks)
-    return classifier, images, trigger
-
-
-def check_detector(component: type[Detector], settings: Mapping[str, Any] | None = None) -> None:
+def check_detector(
+    component: type[Detector], settings: Mapping[str, Any] | None = None, after: Sequence[type[Detector]] = ()
+) -> None:
     """Check everything the contract of a detector says; not whether it finds anything.
 
     Args:
         component: The method.
         settings: Options for a quick run, as ``configured`` takes them.
+        after: Detectors that run before it, in this order: what ``context.earlier`` holds.
 
     Raises:
         ContractError: What is wrong, and how to mend it.
@@ -182,29 +74,70 @@ def check_detector(component: type[Detector], settings: Mapping[str, Any] | None
     detector = component.configured(settings or {})
     for target in (None, 2):
         classifier, images, _ = planted(target, classes=5, blocks=3, count=60)
-        _check_detector_on(detector, classifier, images)
+        whole, restricted = (
+            _after(after, classifier, images, Context(seed=1, labels=labels)) for labels in (None, (1, 3))
+        )
+        _check_plan(detector, classifier, whole, restricted)
+        _check_detector_on(detector, classifier, images, whole)
 
 
-def _check_detector_on(detector: Detector, classifier: Classifier, images: LabelledImages) -> None:
-    context = Context(seed=1)
-    units = _check_units(detector, classifier, context)
+def _after(
+    detectors: Sequence[type[Detector]], classifier: Classifier, images: LabelledImages, context: Context
+) -> Context:
+    """The context of a detector that runs after others."""
+    for component in detectors:
+        evidence, judgement = run_detector(component(), classifier, images, context)
+        examined = Examined(evidence=evidence, judgement=judgement)
+        context = replace(context, earlier={**context.earlier, component.id: examined})
+    return context
+
+
+def run_detector(
+    detector: Detector, classifier: Classifier, images: LabelledImages | None, context: Context
+) -> tuple[list[Evidence], Judgement]:
+    """All rounds of a detector's work, and what it makes of them; nothing is checked."""
+    evidence: list[Evidence] = []
+    units = detector.units(classifier, context)
+    while units:
+        evidence += [detector.examine(unit, classifier, images, context) for unit in units]
+        units = detector.more_units(evidence, classifier, context)
+    return evidence, detector.judge(evidence)
+
+
+def _check_detector_on(detector: Detector, classifier: Classifier, images: LabelledImages, context: Context) -> None:
+    units = list(detector.units(classifier, context))
+    if not detector.needs_images:
+        _examine(detector, units[0], classifier, None, context)
+    evidence: list[Evidence] = []
+    ids: list[str] = []
+    while units:
+        evidence += _check_round(detector, units, classifier, images, context)
+        ids += [unit.id for unit in units]
+        _require(len(set(ids)) == len(ids), "two units have the same id", "Seeds are derived from the id.")
+        _require(len(ids) < _MOST_UNITS, "more_units() does not come to an end", "Return none at the end.")
+        units = list(detector.more_units(evidence, classifier, context))
+        _check_units(units, detector.more_units(evidence, classifier, context), "more_units()")
+    judgement = detector.judge(evidence)
+    _check_judgement(judgement, classifier)
+    stored = [replace(part, figures=json.loads(json.dumps(part.figures))) for part in evidence]
+    for again, what in ((evidence, "a second time"), (stored, "on evidence that went through JSON")):
+        same = _as_plain(detector.judge(again)) == _as_plain(judgement)
+        _require(same, f"judge() says something else {what}", "It must be a pure function of the evidence.")
+
+
+def _check_round(
+    detector: Detector, units: Sequence[Unit], classifier: Classifier, images: LabelledImages, context: Context
+) -> list[Evidence]:
     with _untouched(classifier, images):
         first = [_examine(detector, unit, classifier, images, context) for unit in units]
         again = [_examine(detector, unit, classifier, images, context) for unit in reversed(units)][::-1]
-        if not detector.needs_images:
-            _examine(detector, units[0], classifier, None, context)
     for unit, one, other in zip(units, first, again, strict=True):
         _check_evidence(unit, one, classifier)
         same = one.figures == other.figures and one.gradient_samples == other.gradient_samples
         same = same and _equal_triggers(one.triggers, other.triggers)
         what = f"examine({unit.id}) gives another result in a second run or in another order of units"
         _require(same, what, "Draw random numbers only from context.generator(self.id, unit.id), and keep no state.")
-    judgement = detector.judge(first)
-    _check_judgement(judgement)
-    stored = [replace(part, figures=json.loads(json.dumps(part.figures))) for part in first]
-    for evidence, what in ((first, "a second time"), (stored, "on evidence that went through JSON")):
-        same = _as_plain(detector.judge(evidence)) == _as_plain(judgement)
-        _require(same, f"judge() says something else {what}", "It must be a pure function of the evidence.")
+    return first
 
 
 def check_repairer(component: type[Repairer], settings: Mapping[str, Any] | None = None) -> None:
@@ -268,16 +201,31 @@ def _as_typed(value: object) -> str:
     return "none" if value is None else str(value)
 
 
-def _check_units(detector: Detector, classifier: Classifier, context: Context) -> Sequence[Unit]:
-    units = list(detector.units(classifier, context))
-    _require(bool(units), "units() is empty", "Return at least one unit of work.")
+def _check_plan(detector: Detector, classifier: Classifier, whole: Context, restricted: Context) -> None:
+    """The first round's units, of all labels and of some; and that a detector which plans none has no answer."""
+    units = detector.units(classifier, whole)
+    _require(bool(units), "units() is empty", "Return at least one unit of work, or name what it needs in `after`.")
+    _check_units(units, detector.units(classifier, whole), "units()")
+    some = detector.units(classifier, restricted)
+    asked, named = set(restricted.labels or ()), {label for unit in some for label in unit.labels}
+    _require(named <= asked, f"units() ignores context.labels: asked for 1 and 3, got {named}", "Use them.")
+    if not some or not detector.units(classifier, replace(whole, earlier={})):
+        judgement = detector.judge([])
+        _check_judgement(judgement, classifier)
+        _require(judgement.p_value is None, "judge() has an answer without evidence", "Return p_value=None.")
+
+
+def _check_units(units: Sequence[Unit], again: Sequence[Unit], method: str) -> None:
     unique = len({unit.id for unit in units}) == len(units)
     _require(unique, "two units have the same id", "Seeds are derived from the id.")
-    same = units == list(detector.units(classifier, context))
-    _require(same, "units() differs from call to call", "Make it deterministic.")
-    named = {label for unit in detector.units(classifier, replace(context, labels=(1, 3))) for label in unit.labels}
-    _require(named <= {1, 3}, f"units() ignores context.labels: asked for 1 and 3, got {named}", "Use them.")
-    return units
+    same = len(units) == len(again) and all(
+        replace(one, starts=()) == replace(other, starts=()) and _equal_triggers(one.starts, other.starts)
+        for one, other in zip(units, again, strict=True)
+    )
+    _require(same, f"{method} differs from call to call", "Make it deterministic.")
+    for unit in units:
+        fit = {len(unit.sources), len(unit.starts)} <= {0, len(unit.labels)}
+        _require(fit, f"{unit.id} has not one source or start per label", "Give one for each label, or none.")
 
 
 def _check_evidence(unit: Unit, evidence: Evidence, classifier: Classifier) -> None:
@@ -292,15 +240,24 @@ def _check_evidence(unit: Unit, evidence: Evidence, classifier: Classifier) -> N
         values = torch.cat([trigger.mask.flatten(), trigger.pattern.flatten()])
         inside = bool(((values >= 0) & (values <= 1)).all())
         _require(inside, f"a trigger of {unit.id} leaves [0, 1]", "Triggers are in pixel space.")
-        _require(0 <= trigger.target < classifier.num_classes, f"a trigger leads to {trigger.target}", "Name a class.")
+        # -1: no one class, as the trigger of an all-to-all backdoor.
+        known = -1 <= trigger.target < classifier.num_classes
+        _require(known, f"a trigger leads to {trigger.target}", "Name a class, or -1 where it leads to several.")
 
 
-def _check_judgement(judgement: Judgement) -> None:
+def _check_judgement(judgement: Judgement, classifier: Classifier) -> None:
     _require(isinstance(judgement, Judgement), f"judge() returned {judgement!r}", "Return a Judgement.")
     values = [finding.p_value for finding in judgement.findings]
     for p_value in [*values, judgement.p_value]:
         _require(p_value is None or 0 <= p_value <= 1, f"a p-value is {p_value}", "It is a probability.")
     _require(values == sorted(values), f"findings come with p-values {values}", "Put the most suspicious one first.")
+    first = values[0] if values else judgement.p_value
+    _require(judgement.p_value == first, f"p_value is {judgement.p_value}, the first finding's {first}", "Be at one.")
+    explained = judgement.p_value is not None or judgement.note != ""
+    _require(explained, "there is neither an answer nor a note", "Say in the note why there is none.")
+    ranking, classes = list(judgement.ranking), range(classifier.num_classes)
+    once = len(set(ranking)) == len(ranking) and all(label in classes for label in ranking)
+    _require(once, f"the ranking is {ranking}", "Name each class once at most.")
     _require("\n" not in judgement.note, "the note has several lines", "One line.")
     _check_plain(judgement.figures, "the judgement's figures")
     for finding in judgement.findings:
@@ -382,7 +339,7 @@ def _check_plain(value: object, what: str) -> None:
 
 def _as_plain(judgement: Judgement) -> object:
     findings = [finding.to_json() for finding in judgement.findings]
-    return _plain([findings, judgement.p_value, dict(judgement.figures), judgement.note])
+    return _plain([findings, judgement.p_value, list(judgement.ranking), dict(judgement.figures), judgement.note])
 
 
 def _weights(classifier: Classifier) -> dict[str, Tensor]:

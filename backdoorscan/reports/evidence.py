@@ -51,7 +51,8 @@ class LabelRow:
 
 def label_rows(run: DetectorRun, findings: Sequence[Finding]) -> list[LabelRow]:
     """The labels a detector found triggers for, smallest first; empty for detectors that work otherwise."""
-    flagged = {finding.target_label for finding in findings if finding.detector == run.id}
+    # A finding may be another detector's that confirmed this one's suspicion.
+    flagged = {finding.target_label for finding in findings if finding.source_label is None}
     indices = _mapping(run.evidence.get("anomaly_index"))
     rows = [_label_row(row, flagged, indices) for row in _raw_rows(run)]
     return sorted(rows, key=lambda row: (not row.succeeded, row.l1, row.label))
@@ -60,13 +61,15 @@ def label_rows(run: DetectorRun, findings: Sequence[Finding]) -> list[LabelRow]:
 def _raw_rows(run: DetectorRun) -> list[Mapping[str, Any]]:
     units = run.evidence.get("units")
     rows = [row for unit in _list(units) for row in _list(_mapping(unit).get("labels"))]
-    return [row for row in rows if _is_label_row(row)]
+    # Of a race in rounds, what each label's last round said.
+    return list({row["label"]: row for row in rows if _is_label_row(row)}.values())
 
 
 def _is_label_row(row: object) -> bool:
     row = _mapping(row)
     label = row.get("label")
-    return isinstance(label, int) and not isinstance(label, bool) and finite(row.get("l1")) is not None
+    named = isinstance(label, int) and not isinstance(label, bool)
+    return named and "source" not in row and finite(row.get("l1")) is not None
 
 
 def _label_row(row: Mapping[str, Any], flagged: set[int], indices: Mapping[Any, Any]) -> LabelRow:

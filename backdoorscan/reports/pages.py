@@ -152,9 +152,12 @@ def image_facts(images: Mapping[str, object] | None) -> Pairs:
     if images is None:
         return [("given", "none")]
     names = {"path": "source", "sha256": "SHA-256", "count": "images"}
-    pairs = [(text, _count(images[name])) for name, text in names.items() if name in images]
+    known = {**images, "path": "made from the model"} if images.get("path", "") is None else images
+    pairs = [(text, _count(known[name])) for name, text in names.items() if name in known]
+    if images.get("made"):
+        pairs.append(("made from the model", _count(images["made"])))
     rest = Generic()
-    rest.add("", {name: value for name, value in images.items() if name not in {*names, "sample"}})
+    rest.add("", {name: v for name, v in images.items() if name not in {*names, "sample", "synthetic", "made"}})
     return [*pairs, *rest.pairs]
 
 

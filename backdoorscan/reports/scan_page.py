@@ -92,10 +92,15 @@ def scan_page(report: ScanReport) -> ScanPage:
     return ScanPage(
         title=f"{title}: {plain(paths, 80)}",
         kind="scan report",
-        provenance=pages.provenance(report, [("false-alarm budget per model", f"{report.alpha:g}")]),
+        provenance=pages.provenance(report, _decided(report)),
         overall=pages.Banner(tone, title, ""),
         runs=[_run_view(run, report, position) for position, run in enumerate(report.runs, start=1)],
     )
+
+
+def _decided(report: ScanReport) -> pages.Pairs:
+    budget = [("false-alarm budget per model", f"{report.alpha:g}")]
+    return [*budget, ("answered from", "the cache")] if report.cached else budget
 
 
 def _run_view(run: ModelRun, report: ScanReport, position: int) -> RunView:
@@ -130,6 +135,7 @@ def _banner(run: ModelRun, alpha: float) -> pages.Banner:
         sentences.append(f"The strongest evidence has p = {probability(smallest)}; below {alpha:g} it would count.")
     elif not run.findings:
         sentences.append("No detector could answer.")
+    sentences += [f"Note: {note}." for note in run.notes]
     if run.not_tested:
         sentences.append("Not tested: " + ", ".join(run.not_tested) + ".")
     if not run.complete:
@@ -255,7 +261,8 @@ def _triggers(run: ModelRun) -> Iterator[tuple[Trigger, str, str, bool]]:
         for trigger in detector.triggers:
             if (detector.id, trigger.target) not in suspected:
                 text = f"{detector.id}; {_size(trigger)}" + ("; it does not work" if trigger.target in useless else "")
-                yield trigger, f"Label {trigger.target}", text, False
+                name = f"Label {trigger.target}" if trigger.target >= 0 else "All labels"
+                yield trigger, name, text, False
 
 
 def _size(trigger: Trigger) -> str:

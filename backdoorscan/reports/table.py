@@ -5,20 +5,22 @@ from __future__ import annotations
 import io
 import textwrap
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from backdoorscan.findings import Verdict
+from backdoorscan.findings import Finding, Verdict
 from backdoorscan.measured import CandidateRow, EvaluationReport, RepairReport, Scores
 from backdoorscan.plugin.reporter import Reporter, Terminal
 from backdoorscan.report import ModelRun, Report, ScanReport
 from backdoorscan.reports.columns import REVERSED_ATTACKS, TRUE_ATTACKS, columns, reversed_attacks, true_attacks
 from backdoorscan.reports.drawing import WIDEST, draw, place
+from backdoorscan.reports.evidence import label_rows
 from backdoorscan.reports.outcome import network_name, outcome
-from backdoorscan.reports.words import visible
+from backdoorscan.reports.words import given_count, visible
 
 _STYLE = {Verdict.CLEAN: "bold green", Verdict.BACKDOORED: "bold red", Verdict.INCONCLUSIVE: "bold yellow"}
 
@@ -68,11 +70,11 @@ def _scan(run: ModelRun, terminal: Terminal) -> Iterator[RenderableType]:
             yield Text(visible(f"{detector.id}: {detector.note}", lines=True), style="yellow")
     if run.findings:
         table = _table("target label", "source", "detector", "p-value", "score", "trigger L1", "area", "success")
-        for finding in run.findings:
+        for finding, ways in _together(run.findings):
             trigger = finding.trigger
             table.add_row(
-                str(finding.target_label),
-                "any" if finding.source_label is None else str(finding.source_label),
+                "\n".join(str(target) for _, target in ways),
+                "\n".join("any" if source is None else str(source) for source, _ in ways),
                 finding.detector,
                 f"{finding.p_value:.2g}",
                 f"{finding.score:.2f}",
@@ -83,6 +85,8 @@ def _scan(run: ModelRun, terminal: Terminal) -> Iterator[RenderableType]:
         yield table
         yield from _drawings(run, terminal)
     yield from _labels(run)
+    for note in run.notes:
+        yield Text(visible(f"note: {note}"), style="yellow")
     if run.not_tested:
         yield Text("not tested: " + ", ".join(run.not_tested), style="dim")
     if not run.complete:
@@ -99,14 +103,27 @@ def _facts(run: ModelRun) -> RenderableType:
     model = run.model
     low, high = model["input_range"]
     how = f"{low:g}..{high:g}" + (f" mean {_list(model['mean'])} std {_list(model['std'])}" if model["mean"] else "")
-    found = "found" if model.get("input_range_found") else "given"
+    found = "found" if model.get("input_range_found") else "assumed" if model.get("input_range_assumed") else "given"
     lines = [
         f"{model['format']}, {'×'.join(map(str, model['input_shape']))} -> {model['num_classes']} classes, "
         f"input {how} ({found}), {model['layout']}"
     ]
     if run.images is not None:
-        lines.append(f"clean accuracy {_percent(run.clean_accuracy)} on {run.images['count']} images")
+        made = run.images.get("made", 0)
+        given = given_count(run.images)
+        parts = [f"clean accuracy {_percent(run.clean_accuracy)} on {given} images"] if given else []
+        lines.append(", ".join([*parts, *([f"{made} images made from the model"] if made else [])]))
     return Text("\n".join(lines), style="dim")
+
+
+def _together(findings: Sequence[Finding]) -> list[tuple[Finding, list[tuple[int | None, int]]]]:
+    """Findings with their ways (source, target); one for a trigger that sends each class to a target of its own."""
+    groups: dict[Any, tuple[Finding, list[tuple[int | None, int]]]] = {}
+    for at, finding in enumerate(findings):
+        one_trigger = finding.source_label is not None and finding.trigger is not None
+        key = (finding.detector, finding.p_value, finding.trigger.l1) if one_trigger and finding.trigger else at
+        groups.setdefault(key, (finding, []))[1].append((finding.source_label, finding.target_label))
+    return list(groups.values())
 
 
 _MOST_DRAWINGS = 3
@@ -134,21 +151,17 @@ _MOST_LABELS = 12
 def _labels(run: ModelRun) -> Iterator[RenderableType]:
     """The labels with the smallest triggers, for detectors that report such."""
     for detector in run.detectors:
-        rows = [row for unit in detector.evidence.get("units", ()) for row in unit.get("labels", ())]
-        if not rows or "l1" not in rows[0]:
+        rows = label_rows(detector, run.findings)
+        if not rows:
             continue
-        indices = detector.evidence.get("anomaly_index", {})
-        flagged = {finding.target_label for finding in run.findings if finding.detector == detector.id}
-        rows.sort(key=lambda row: (not row["succeeded"], row["l1"]))
         table = _table("label", "trigger L1", "success", "anomaly index", title=f"{detector.id}: smallest triggers")
         for row in rows[:_MOST_LABELS]:
-            index = indices.get(str(row["label"]))
             table.add_row(
-                str(row["label"]),
-                f"{row['l1']:.1f} px" if row["succeeded"] else "none found",
-                _percent(row["attack_success_rate"]),
-                "" if index is None else f"{index:.2f}",
-                style="bold red" if row["label"] in flagged else None,
+                str(row.label),
+                f"{row.l1:.1f} px" if row.succeeded else "none found",
+                _percent(row.attack_success_rate),
+                "" if row.anomaly_index is None else f"{row.anomaly_index:.2f}",
+                style="bold red" if row.flagged else None,
             )
         yield table
         if len(rows) > _MOST_LABELS:

@@ -76,7 +76,9 @@ def feeding(model: Mapping[str, object]) -> str:
     mean, std = _numbers(model.get("mean")), _numbers(model.get("std"))
     if mean:
         text += f", mean {mean}, std {std}"
-    return text + (" (found on the clean images)" if model.get("input_range_found") else " (given)")
+    if model.get("input_range_found"):
+        return text + " (found on the clean images)"
+    return text + (" (assumed)" if model.get("input_range_assumed") else " (given)")
 
 
 def _numbers(values: object) -> str:
@@ -106,10 +108,10 @@ def command(
     parts = [shlex.join(["backdoorscan", verb, _path(model.get("path", "MODEL"))])]
     if isinstance(model.get("arch"), str):
         parts.append(shlex.join(["--arch", str(model["arch"])]))
-    if images is not None:
+    if images is not None and images.get("path", "DATA") is not None:
         parts.append(shlex.join(["--valid", str(images.get("path", "DATA"))]))
         if verb != "evaluate" and images.get("count"):
-            parts.append(f"--limit {images['count']}")
+            parts.append(f"--limit {given_count(images)}")
     if poisoned is not None:
         parts.append(shlex.join(["--poisoned", str(poisoned.get("path", "DATA"))]))
     if model.get("input_range_found") is False:
@@ -118,6 +120,12 @@ def command(
     for identifier, options in settings.items():
         parts += [shlex.join(["-O", f"{identifier}.{name}={_value(value)}"]) for name, value in options.items()]
     return " \\\n  ".join(visible(part) for part in parts)
+
+
+def given_count(images: Mapping[str, object]) -> int:
+    """How many of a report's images the user gave; the others were made from the model."""
+    count, made = images.get("count"), images.get("made", 0)
+    return count - made if isinstance(count, int) and isinstance(made, int) else 0
 
 
 def _feeding_flags(model: Mapping[str, object]) -> list[str]:

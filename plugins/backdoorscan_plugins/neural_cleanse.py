@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,9 +17,8 @@ from backdoorscan.images import LabelledImages
 from backdoorscan.ops.inversion import Schedule, invert
 from backdoorscan.ops.metrics import attack_success_rate
 from backdoorscan.ops.outliers import Spread, anomaly_index, small_outliers
-from backdoorscan.plugin.detector import MANY_CLASSES, Detector, shortlist, split_images
+from backdoorscan.plugin.detector import MANY_CLASSES, Detector, heats, last_round, shortlist, split_images
 from backdoorscan.plugin.method import Context, option
-from backdoorscan.trigger import Trigger
 
 _IMAGES_AT_ONCE = 512
 """Stamped images in one forward pass: more gains nothing on two cores and costs memory."""
@@ -30,9 +29,17 @@ _LIKELY = 10
 _RACE_PRIOR = Spread(sd=0.25, weight=10)
 """The same for the labels left at the end of a race: the smallest of many lie close together."""
 
+_RACE: Mapping[str, Any] = {
+    "restarts": 1,
+    "learning_rate": 0.3,
+    "init_cost": 1e-2,
+    "cost_multiplier": 1.15,
+    "early_stop_patience": 10**6,
+}
+"""A race is short and goes on from where the last round ended, so the mask has to shrink faster and never to rest."""
+
 _FINALISTS = 10
-_AT_A_TIME = 8
-"""Labels left at the end of a race, and labels in one unit of it."""
+"""Labels left at the end of a race."""
 
 _PRIOR = Spread(sd=0.42, weight=10)
 """Standard deviation of log L1 over the labels, the suspected one left out: 0.16 to 1.0, median 0.45, over 58 small
@@ -77,7 +84,7 @@ class NeuralCleanse(Detector):
         "Neural Networks. IEEE S&P 2019"
     )
     cost = 10.0
-    blind_spots = ("all-to-all backdoors", "source-specific backdoors")
+    blind_spots = ("all-to-all backdoors", "source-specific backdoors", "warping backdoors")
 
     steps: int = option(180, help="Steps of the cost schedule, at most.", minimum=1)
     batches: int = option(1, help="Gradient steps within one step of the schedule.", minimum=1)
@@ -94,27 +101,27 @@ class NeuralCleanse(Detector):
     early_stop_patience: int = option(25, help="Steps without progress before a label is done.", minimum=1)
     shortlist: int = option(80, help="Of many classes, as many suspects.", minimum=2)
     random_labels: int = option(16, help="Of many classes, as many random ones beside them.", minimum=0)
-    race_steps: int = option(40, help="Of many classes, steps in the first round of the race.", minimum=1)
+    race_steps: int = option(60, help="Of many classes, steps in the first round of the race.", minimum=1)
     held_out_success: float = option(0.6, help="Success on held-out images a trigger needs to count.", minimum=0)
 
     def units(self, classifier: Classifier, context: Context) -> Sequence[Unit]:
         """Groups of labels that fit into one batch."""
         labels = shortlist(classifier, context, self.shortlist, self.random_labels)
         if len(labels) > MANY_CLASSES:
-            return _heats(1, labels, ())
+            return heats(1, labels)
         size = max(1, _IMAGES_AT_ONCE // (self.batch_size * self.restarts))
         groups = [labels[start : start + size] for start in range(0, len(labels), size)]
         return [Unit(f"labels {group[0]}..{group[-1]}", group) for group in groups]
 
     def more_units(self, evidence: Sequence[Evidence], classifier: Classifier, context: Context) -> Sequence[Unit]:
         """The next round of the race, if there is one."""
-        rows = _last_round(evidence)
+        rows = last_round(evidence)
         if not rows or rows[0]["round"] == 0 or len(rows) <= _FINALISTS:
             return ()
         best = sorted(rows, key=lambda row: (not row["succeeded"], row["l1"]))[: max(_FINALISTS, len(rows) // 4)]
         triggers = {trigger.target: trigger for part in evidence for trigger in part.triggers}
         labels = [row["label"] for row in best]
-        return _heats(rows[0]["round"] + 1, labels, [triggers[label] for label in labels])
+        return heats(rows[0]["round"] + 1, labels, [triggers[label] for label in labels])
 
     def examine(self, unit: Unit, classifier: Classifier, images: LabelledImages | None, context: Context) -> Evidence:
         """Search a trigger for each label of the unit."""
@@ -130,7 +137,7 @@ class NeuralCleanse(Detector):
             )
         schedule = Schedule(**{name: getattr(self, name) for name in Schedule.__dataclass_fields__})
         if unit.round > 0:
-            schedule = replace(schedule, steps=self.race_steps * 2 ** (unit.round - 1), restarts=1)
+            schedule = replace(schedule, steps=self.race_steps * 2 ** (unit.round - 1), **_RACE)
         generator = context.generator(self.id, unit.id)
         results, samples = invert(
             classifier, pixels, labels, unit.labels, schedule, generator, context.progress, unit.starts
@@ -169,7 +176,7 @@ class NeuralCleanse(Detector):
 
     def judge(self, evidence: Sequence[Evidence]) -> Judgement:
         """Compare the labels that have a trigger."""
-        rows = _last_round(evidence)
+        rows = last_round(evidence)
         triggers = {trigger.target: trigger for part in evidence for trigger in part.triggers}
         found = [row for row in rows if row["succeeded"]]
         figures: dict[str, Any] = {"examined": len(rows), "succeeded": len(found)}
@@ -204,26 +211,6 @@ class NeuralCleanse(Detector):
         ]
         ranking = [found[position]["label"] for position in np.argsort(sizes, kind="stable")]
         return Judgement(findings=findings, p_value=outliers.p_values[0], ranking=ranking, figures=figures)
-
-
-def _heats(number: int, labels: Sequence[int], starts: Sequence[Trigger]) -> list[Unit]:
-    """A round of the race in pieces."""
-    places = range(0, len(labels), _AT_A_TIME)
-    return [
-        Unit(
-            f"round {number}, labels from place {place + 1}",
-            tuple(labels[place : place + _AT_A_TIME]),
-            number,
-            tuple(starts[place : place + _AT_A_TIME]),
-        )
-        for place in places
-    ]
-
-
-def _last_round(evidence: Sequence[Evidence]) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = [row for part in evidence for row in part.figures["labels"]]
-    last = max((row["round"] for row in rows), default=0)
-    return [row for row in rows if row["round"] == last]
 
 
 @hookimpl

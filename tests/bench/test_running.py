@@ -62,7 +62,7 @@ def test_results_are_kept_apart_by_what_they_follow_from(entries, tmp_path, scan
 
 def test_a_method_that_was_worked_on_runs_again(entries, tmp_path, scans, monkeypatch):
     list(judge_zoo(entries[:1], SCAN, tmp_path))
-    monkeypatch.setattr(running, "_source", lambda method: "changed")
+    monkeypatch.setattr(running.cache, "method_source", lambda method: "changed")
     list(judge_zoo(entries[:1], SCAN, tmp_path))
     assert len(scans) == 2
 

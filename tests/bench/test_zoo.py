@@ -6,7 +6,8 @@ import torch
 from backdoorscan_plugins.attacks.patch import BadNets
 from backdoorscan_plugins.attacks.patches import MultiTarget
 
-from backdoorscan.bench import cache, zoo
+from backdoorscan import cache
+from backdoorscan.bench import zoo
 from backdoorscan.bench.architectures import ARCHITECTURES
 from backdoorscan.bench.spec import plan_zoo
 from backdoorscan.bench.training import Recipe, right

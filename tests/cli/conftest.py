@@ -55,13 +55,22 @@ def quiet_environment() -> dict[str, str]:
     return {**kept, "TERM": "dumb", "COLUMNS": "160", "OMP_NUM_THREADS": "1"}
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_cache_of_others(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What is run for several tests keeps its scans in a folder of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BACKDOORSCAN_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty current folder and a quiet environment for each test."""
+    """An empty current folder, an empty cache and a quiet environment for each test."""
     for name in set(os.environ) - set(quiet := quiet_environment()):
         monkeypatch.delenv(name)
     for name, value in quiet.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setenv("BACKDOORSCAN_CACHE_DIR", str(tmp_path / "cache"))
     here = tmp_path / "here"
     here.mkdir()
     monkeypatch.chdir(here)
@@ -88,7 +97,8 @@ def program() -> Cli:
 
     def start(*arguments: object, env: dict[str, str] | None = None, cwd: Path | None = None) -> Result:
         command = [sys.executable, "-m", "backdoorscan", *map(str, arguments)]
-        environment = {**quiet_environment(), **(env or {})}
+        kept = {"BACKDOORSCAN_CACHE_DIR": os.environ["BACKDOORSCAN_CACHE_DIR"]}
+        environment = {**quiet_environment(), **kept, **(env or {})}
         done = subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True, timeout=120)
         return Result(done.returncode, done.stdout, done.stderr)
 
@@ -103,8 +113,8 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> DemoFiles:
 
 @pytest.fixture(scope="session")
 def scanned(demo: DemoFiles) -> Result:
-    """A scan of the backdoored network, as JSON."""
-    return in_process("scan", demo.model, "--valid", demo.clean, "-f", "json")
+    """A scan of the backdoored network by one detector, as JSON."""
+    return in_process("scan", demo.model, "--valid", demo.clean, "-d", "neural-cleanse", "-f", "json")
 
 
 @pytest.fixture(scope="session")

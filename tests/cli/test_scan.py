@@ -21,7 +21,7 @@ from backdoorscan.errors import ExitCode
 
 Cli = Callable[..., Any]
 
-QUICK = ["-O", "neural-cleanse.steps=3", "--limit", "60"]
+QUICK = ["-d", "neural-cleanse", "-O", "neural-cleanse.steps=3", "--limit", "60"]
 """Enough for a report, not for an answer."""
 
 
@@ -160,7 +160,7 @@ def test_the_trigger_works(scanned: Any, demo: DemoFiles, cli: Cli, elsewhere: P
 def test_report_to_a_file_is_the_same_report(
     scanned: Any, demo: DemoFiles, cli: Cli, program: Cli, elsewhere: Path, validate: Callable[[Any], None]
 ) -> None:
-    command = ["scan", demo.model, "--valid", demo.clean, "-f", "json", "-o", "report.json"]
+    command = ["scan", demo.model, "--valid", demo.clean, "--no-cache", "-f", "json", "-o", "report.json"]
     (elsewhere / "report.json").write_text("of an earlier run")
     for start in (cli, program):  # where it runs does not matter either
         result = start(*command)
@@ -215,7 +215,7 @@ def test_dash_is_stdout(demo: DemoFiles, cli: Cli, elsewhere: Path) -> None:
 
 def test_seed_decides_the_report(demo: DemoFiles, cli: Cli) -> None:
     def scan(seed: int) -> Any:
-        return cli("scan", demo.model, "--valid", demo.clean, *QUICK, "-f", "json", "--seed", seed).json
+        return cli("scan", demo.model, "--valid", demo.clean, *QUICK, "--no-cache", "-f", "json", "--seed", seed).json
 
     first, second, other = scan(5), scan(5), scan(6)
     assert without_times(first) == without_times(second)
@@ -235,7 +235,8 @@ def test_labels_left_out_are_said_to_be_not_tested(demo: DemoFiles, cli: Cli) ->
     command = ["scan", demo.model, "--valid", demo.clean, "--labels", "2-4, 7"]
     report = cli(*command, "-f", "json").json
     (run,) = report["runs"]
-    labels = [row["label"] for unit in run["detectors"][0]["evidence"]["units"] for row in unit["labels"]]
+    (inversion,) = [detector for detector in run["detectors"] if detector["id"] == "neural-cleanse"]
+    labels = [row["label"] for unit in inversion["evidence"]["units"] for row in unit["labels"]]
     assert labels == [2, 3, 4, 7]
     assert "6 labels left out by --labels" in run["not_tested"]
     assert "6 labels left out by --labels" in cli(*command).out
@@ -291,7 +292,7 @@ def settings_in_force(report: Any) -> tuple[float, int, int, int]:
 @pytest.fixture
 def scan(demo: DemoFiles, cli: Cli) -> Cli:
     def start(*arguments: object, before: tuple[str, ...] = ()) -> tuple[float, int, int, int]:
-        command = ["scan", demo.model, "--valid", demo.clean, "--limit", 60, "-f", "json"]
+        command = ["scan", demo.model, "--valid", demo.clean, "-d", "neural-cleanse", "--limit", 60, "-f", "json"]
         return settings_in_force(cli(*before, *command, *arguments).json)
 
     return start
@@ -352,7 +353,7 @@ def test_events_reach_plugins_and_their_failure_is_an_error(
         "    Path('verdict').touch(exist_ok=False)\n"
         "    Path('verdict').write_text(report.verdict)\n"
     )
-    command = ["scan", demo.model, "--valid", demo.clean, *QUICK, "-f", "json"]
+    command = ["-q", "scan", demo.model, "--valid", demo.clean, *QUICK, "-f", "json"]
     result = cli(*command)
     assert (elsewhere / "verdict").read_text() == result.json["verdict"]
     again = cli(*command)  # the file exists already

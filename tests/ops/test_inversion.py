@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from backdoorscan.classifier import to_tensor
-from backdoorscan.ops.inversion import Schedule, _State, invert
+from backdoorscan.ops.inversion import CostState, Schedule, invert
+from backdoorscan.trigger import Trigger
 
 SCHEDULE = Schedule(
     steps=120,
@@ -152,8 +153,113 @@ def test_images_of_the_target_itself_are_not_used(triple):
     pixels[labels == 1] = math.nan
     results, _ = invert(classifier, pixels, labels, [1], SHORT, generator())
     assert all(map(math.isfinite, results[0].loss))
-    with pytest.raises(ValueError, match="other than 1"):
+    with pytest.raises(ValueError, match="for label 1 with"):
         invert(classifier, pixels[labels == 1], labels[labels == 1], [0, 1], SHORT, generator())
+
+
+def test_a_search_goes_on_from_where_it_was(search):
+    first, _ = search()
+    starts = [result.trigger for result in first]
+    once = replace(SHORT, restarts=1, steps=1, learning_rate=1e-6)
+    again, _ = search(schedule=once, starts=starts)
+    for start, result in zip(starts, again, strict=True):
+        # 0 and 1 are nudged inwards, so that a sigmoid has a slope there.
+        assert result.l1[0] == pytest.approx(float(start.mask.clamp(0.01, 0.99).sum()), abs=1e-2)
+        torch.testing.assert_close(result.trigger.pattern, start.pattern.clamp(0.01, 0.99), rtol=0, atol=1e-4)
+    random, _ = search(schedule=once)
+    assert again[2].l1[0] < 0.3 * random[2].l1[0]
+
+
+def test_starts_belong_to_the_targets_in_their_order(search):
+    first, _ = search()
+    once = replace(SHORT, restarts=1, steps=1, learning_rate=1e-6)
+    again, _ = search(schedule=once, targets=[4, 2], starts=[first[4].trigger, first[2].trigger])
+    assert [result.trigger.target for result in again] == [4, 2]
+    assert again[1].l1[0] < 10 < again[0].l1[0]
+
+
+class Seeing(torch.nn.Module):
+    """Images show their class as their brightness; it notes the classes it sees under a mask that is hardly there."""
+
+    num_classes = 5
+    input_shape = (1, 4, 4)
+
+    def __init__(self):
+        super().__init__()
+        self.fc = torch.nn.Linear(16, 5)
+        self.seen = []
+
+    def forward(self, images):
+        self.seen.append((4 * images.detach().mean((1, 2, 3))).round().long())
+        return self.fc(images.flatten(1))
+
+
+@pytest.mark.parametrize("bystanders", [0, 2])
+def test_only_images_of_the_sources_are_led_and_only_others_stand_by(bystanders):
+    labels = torch.arange(5).repeat(8)
+    images = (labels / 4).view(-1, 1, 1, 1).expand(-1, 1, 4, 4).clone()
+    nothing = Trigger(torch.zeros(1, 4, 4), torch.full((1, 4, 4), 0.5), 0)
+    net, schedule = Seeing(), replace(SCHEDULE, steps=5, restarts=1, batch_size=3, learning_rate=1e-6)
+    pairs = [(3, 1), (0, 1), (2, 4)]
+    _, samples = invert(
+        net,
+        images,
+        labels,
+        [target for _, target in pairs],
+        schedule,
+        generator(),
+        starts=[nothing] * 3,
+        sources=[source for source, _ in pairs],
+        bystanders=bystanders,
+    )
+    assert samples == sum(map(len, net.seen)) == 5 * 3 * (3 + bystanders)
+    table = torch.stack(net.seen).view(5, 3, 3 + bystanders)
+    for row, (source, target) in enumerate(pairs):
+        assert set(table[:, row, :3].flatten().tolist()) == {source}
+        others = set(table[:, row, 3:].flatten().tolist())
+        assert not others & {source, target}
+        assert bool(others) == bool(bystanders)
+
+
+def test_a_source_without_images_is_an_error(triple):
+    classifier, images, _ = triple(None)
+    pixels, labels = to_tensor(images.pixels), torch.from_numpy(images.labels)
+    with pytest.raises(ValueError, match="for label 1 with"):
+        invert(classifier, pixels[labels != 3], labels[labels != 3], [1], SHORT, generator(), sources=[3])
+
+
+class Switches(torch.nn.Module):
+    """Three classes. Pixels 0 and 1 speak for classes 0 and 1, pixel 2, strongest, for class 2."""
+
+    num_classes = 3
+    input_shape = (1, 4, 4)
+
+    def __init__(self):
+        super().__init__()
+        self.fc = torch.nn.Linear(16, 3)
+        weights = torch.zeros(3, 16)
+        weights[range(3), range(3)] = torch.tensor([5.0, 3.0, 12.0])
+        self.fc.load_state_dict({"weight": weights, "bias": torch.tensor([0.0, 0.0, 1.0])})
+
+    def forward(self, images):
+        return self.fc(images.flatten(1))
+
+
+def test_bystanders_keep_their_label():
+    """Pixel 2 leads everything to class 2; class 0 gets there as well, and alone, if pixel 0 is put out."""
+    labels = torch.arange(2).repeat(10)
+    images = torch.zeros(20, 1, 4, 4)
+    images[torch.arange(20), 0, 0, labels] = 1
+    net, schedule, found = Switches(), replace(SCHEDULE, restarts=3, batch_size=6), {}
+    for bystanders in (0, 6):
+        (result,), _ = invert(net, images, labels, [2], schedule, generator(), sources=[0], bystanders=bystanders)
+        assert result.succeeded
+        predicted = net(result.trigger.stamp(images)).argmax(1)
+        assert (predicted[labels == 0] == 2).all()
+        found[bystanders] = result.trigger, predicted[labels == 1].tolist()
+    assert found[0][1] == [2] * 10
+    assert found[6][1] == [1] * 10
+    assert found[0][0].l1 < found[6][0].l1
 
 
 class Wang:
@@ -196,7 +302,7 @@ def test_the_cost_follows_the_papers_schedule(patience, seed):
     schedule = replace(
         SCHEDULE, patience=patience, cost_multiplier=2, smoothing=0, early_stop_threshold=1, early_stop_patience=6
     )
-    state = _State(rows, schedule)
+    state = CostState(rows, schedule)
     reference = [Wang(2, patience, schedule.attack_success_threshold, 6) for _ in range(rows)]
     random = generator(seed)
     # Streaks of both kinds, longer in some rows than in others.
@@ -215,7 +321,7 @@ def test_the_cost_follows_the_papers_schedule(patience, seed):
 
 
 def test_the_cost_is_zero_until_patience():
-    state = _State(1, replace(SCHEDULE, patience=3, smoothing=0))
+    state = CostState(1, replace(SCHEDULE, patience=3, smoothing=0))
     row, hit, miss, size = torch.tensor([0]), torch.ones(1), torch.zeros(1), torch.ones(1)
     costs = []
     for success in (hit, hit, miss, hit, hit, hit, hit, hit, hit, miss, miss, miss):
@@ -226,7 +332,7 @@ def test_the_cost_is_zero_until_patience():
 
 
 def test_smoothing_is_an_average_that_starts_unbiased():
-    state = _State(1, replace(SCHEDULE, smoothing=0.9, attack_success_threshold=0.99))
+    state = CostState(1, replace(SCHEDULE, smoothing=0.9, attack_success_threshold=0.99))
     row = torch.tensor([0])
     assert state.update(row, torch.tensor([1.0]), torch.tensor([5.0])).tolist() == [0]  # one hit of one: 100 %
     assert state.update(row, torch.tensor([0.5]), torch.tensor([4.0])).tolist() == []

@@ -1,0 +1,126 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import fx, nn
+
+from backdoorscan.classifier import Classifier, logits
+from backdoorscan.ops.separation import features, retrained_head, separation
+
+CLASSES, TARGET = 4, 3
+
+
+class Odd(nn.Module):
+    """Cannot be traced."""
+
+    def forward(self, x):
+        return x.flatten(1)[:, :CLASSES] if float(x.sum()) > -1 else x.flatten(1)
+
+
+@pytest.fixture
+def net():
+    """Pixels are the features: one for each class, and a fifth, dark on clean images, that leads to class 3."""
+    linear = nn.Linear(5, CLASSES)
+    weights = torch.zeros(CLASSES, 5)
+    weights[:, :CLASSES] = 5 * torch.eye(CLASSES)
+    weights[TARGET, 4] = 50
+    linear.load_state_dict({"weight": weights, "bias": torch.zeros(CLASSES)})
+    network = fx.symbolic_trace(nn.Sequential(nn.Flatten(), linear))
+    return Classifier(network, input_shape=(1, 1, 5), num_classes=CLASSES)
+
+
+@pytest.fixture
+def clean():
+    """Images (N, 1, 1, 5) and labels."""
+    random = np.random.default_rng(0)
+    labels = np.arange(80) % CLASSES
+    pixels = random.uniform(0, 0.2, (80, 5))
+    pixels[np.arange(80), labels] += 0.6
+    pixels[:, 4] = 0
+    return torch.from_numpy(pixels).float().view(-1, 1, 1, 5), torch.from_numpy(labels)
+
+
+def measured(net, clean, apply):
+    pixels, labels = clean
+    head = retrained_head(features(net, pixels), labels, CLASSES)
+    others = labels != TARGET
+    return separation(net, pixels[others], labels[others], TARGET, apply, head)
+
+
+def test_doing_nothing_changes_nothing(net, clean):
+    figures = measured(net, clean, lambda images: images)
+    assert figures == pytest.approx(
+        {"success": 0, "second": 1, "dispersion": 0, "retention": 1, "transfer": 0}, abs=1e-5
+    )
+
+
+def test_a_trigger_that_adds_something_leaves_the_rest(net, clean):
+    def trigger(images):
+        return images + torch.tensor([0, 0, 0, 0, 0.5])
+
+    figures = measured(net, clean, trigger)
+    # A head that was trained anew does not know the fifth feature.
+    assert figures == pytest.approx(
+        {"success": 1, "second": 1, "dispersion": 0, "retention": 1, "transfer": 0}, abs=1e-5
+    )
+
+
+def test_a_picture_of_the_target_wipes_out_the_image(net, clean):
+    def picture(images):
+        return torch.tensor([0, 0, 0, 0.9, 0]).expand_as(images)
+
+    figures = measured(net, clean, picture)
+    assert figures["success"] == figures["transfer"] == 1
+    assert figures["dispersion"] == pytest.approx(math.log(1e-6))
+    assert figures["retention"] == pytest.approx(0, abs=1e-6)
+    assert figures["second"] == pytest.approx(1 / 3)  # of three classes with as many images each the first is named
+
+
+def test_differences_halved(net, clean):
+    figures = measured(net, clean, lambda images: images / 2)
+    assert figures["dispersion"] == pytest.approx(math.log(0.25), abs=1e-5)
+    assert figures["retention"] == pytest.approx(0.5, abs=1e-5)
+
+
+def test_differences_that_are_not_the_images_own_are_not_retained(net, clean):
+    figures = measured(net, clean, lambda images: images.roll(1, 0))
+    assert figures["dispersion"] == pytest.approx(0, abs=1e-5)
+    assert figures["retention"] < 0.1
+
+
+def test_how_often_the_true_class_leads_is_relative_to_the_clean_images(net, clean):
+    pixels, labels = clean
+    wrong = labels.clone()
+    wrong[labels == 0] = 1  # a third of the victims is not recognised anyway
+    head = retrained_head(features(net, pixels), labels, CLASSES)
+    others = labels != TARGET
+    figures = separation(net, pixels[others], wrong[others], TARGET, lambda images: images, head)
+    assert figures["second"] == pytest.approx(1)
+
+
+def test_the_features_of_a_network_that_cannot_be_followed_are_its_logits(clean):
+    network = Classifier(Odd(), input_shape=(1, 1, 5), num_classes=CLASSES)
+    assert torch.equal(features(network, clean[0]), logits(network, clean[0]))
+
+
+def test_the_new_head_is_ridge_regression():
+    random = np.random.default_rng(1)
+    inputs, labels = random.normal(size=(50, 6)) + 3, np.arange(50) % 3
+    head = retrained_head(torch.from_numpy(inputs), torch.from_numpy(labels), 3)
+    centred = np.c_[inputs - inputs.mean(0), np.ones(50)]
+    gram = centred.T @ centred
+    ridge = 1e-2 * np.trace(gram) / 7
+    # The same as least squares on the data and, for each weight, one more row that asks for 0.
+    stacked = np.r_[centred, math.sqrt(ridge) * np.eye(7)]
+    solution, *_ = np.linalg.lstsq(stacked, np.r_[np.eye(3)[labels], np.zeros((7, 3))], rcond=None)
+    others = random.normal(size=(5, 6))
+    np.testing.assert_allclose(
+        head(torch.from_numpy(others)).numpy(), np.c_[others - inputs.mean(0), np.ones(5)] @ solution
+    )
+
+
+def test_the_new_head_recognises_the_classes(net, clean):
+    pixels, labels = clean
+    known = features(net, pixels)
+    assert retrained_head(known, labels, CLASSES)(known).argmax(1).tolist() == labels.tolist()
