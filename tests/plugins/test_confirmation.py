@@ -140,12 +140,14 @@ def test_it_needs_images_of_another_class(triple):
 
 
 class Alarmed(NeuralCleanse):
-    """Reports a label as Neural Cleanse would, whatever it sees."""
+    """Reports a label that is not among the smallest triggers."""
 
     def judge(self, evidence):
         judgement = super().judge(evidence)
         return Judgement(
-            p_value=1e-6, findings=[Finding(target_label=0, p_value=1e-6, score=9.0)], ranking=judgement.ranking
+            p_value=1e-6,
+            findings=[Finding(target_label=0, p_value=1e-6, score=9.0)],
+            ranking=[label for label in judgement.ranking if label != 0],
         )
 
 
