@@ -338,7 +338,8 @@ def _rest_of(progress: Callable[[float], None], share: float) -> Callable[[float
 
 
 def _smallest(triggers: Sequence[Trigger]) -> list[Trigger]:
-    return sorted(triggers, key=lambda trigger: trigger.l1)[: DetectorRun.MOST_TRIGGERS]
+    latest = {trigger.target: trigger for trigger in triggers}  # of a race, each label's last round
+    return sorted(latest.values(), key=lambda trigger: trigger.l1)[: DetectorRun.MOST_TRIGGERS]
 
 
 def _since(started: float) -> float:

@@ -38,8 +38,8 @@ _RACE: Mapping[str, Any] = {
 }
 """A race is short and goes on from where the last round ended, so the mask has to shrink faster and never to rest."""
 
-_FINALISTS = 10
-"""Labels left at the end of a race."""
+_ROUNDS, _FINALISTS = 3, 10
+"""Of a race, and the labels left at its end."""
 
 _PRIOR = Spread(sd=0.42, weight=10)
 """Standard deviation of log L1 over the labels, the suspected one left out: 0.16 to 1.0, median 0.45, over 58 small
@@ -107,7 +107,7 @@ class NeuralCleanse(Detector):
     def units(self, classifier: Classifier, context: Context) -> Sequence[Unit]:
         """Groups of labels that fit into one batch."""
         labels = shortlist(classifier, context, self.shortlist, self.random_labels)
-        if len(labels) > MANY_CLASSES:
+        if classifier.num_classes > MANY_CLASSES and len(labels) > _FINALISTS:
             return heats(1, labels)
         size = max(1, _IMAGES_AT_ONCE // (self.batch_size * self.restarts))
         groups = [labels[start : start + size] for start in range(0, len(labels), size)]
@@ -116,7 +116,7 @@ class NeuralCleanse(Detector):
     def more_units(self, evidence: Sequence[Evidence], classifier: Classifier, context: Context) -> Sequence[Unit]:
         """The next round of the race, if there is one."""
         rows = last_round(evidence)
-        if not rows or rows[0]["round"] == 0 or len(rows) <= _FINALISTS:
+        if not rows or rows[0]["round"] in (0, _ROUNDS):
             return ()
         best = sorted(rows, key=lambda row: (not row["succeeded"], row["l1"]))[: max(_FINALISTS, len(rows) // 4)]
         triggers = {trigger.target: trigger for part in evidence for trigger in part.triggers}

@@ -66,7 +66,7 @@ class _Perturbations(Detector):
     def units(self, classifier: Classifier, context: Context) -> Sequence[Unit]:
         """Groups of labels; none where there are many."""
         labels = examined_labels(classifier, context)
-        if len(labels) > MANY_CLASSES:
+        if classifier.num_classes > MANY_CLASSES:
             return []
         groups = [labels[at : at + _AT_A_TIME] for at in range(0, len(labels), _AT_A_TIME)]
         return [Unit(f"labels {group[0]}..{group[-1]}", group) for group in groups]
