@@ -52,16 +52,13 @@ class Confirmation(Detector):
     suspects: int = option(4, help="Labels examined again: those with the smallest triggers.", minimum=1)
 
     def units(self, classifier: Classifier, context: Context) -> Sequence[Unit]:
-        """The labels with the smallest triggers; of many classes also those that the latent step points to."""
+        """The labels with the smallest triggers: a short latent step alone may be that of a network fed wrongly."""
         earlier = context.earlier.get(_INVERSION)
         if earlier is None:
             return []
         triggers = {trigger.target: trigger for part in earlier.evidence for trigger in part.triggers}
-        labels = list(earlier.judgement.ranking[: self.suspects])
-        if classifier.num_classes > MANY_CLASSES and _LATENT in context.earlier:
-            found = context.earlier[_LATENT].judgement.findings[: self.suspects]
-            labels += [finding.target_label for finding in found if finding.target_label in triggers]
-        return [Unit(f"label {label}", (label,), starts=(triggers[label],)) for label in dict.fromkeys(labels)]
+        labels = earlier.judgement.ranking[: self.suspects]
+        return [Unit(f"label {label}", (label,), starts=(triggers[label],)) for label in labels]
 
     def examine(self, unit: Unit, classifier: Classifier, images: LabelledImages | None, context: Context) -> Evidence:
         """Collect the answers for one suspect."""
