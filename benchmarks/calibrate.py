@@ -27,7 +27,8 @@ from sklearn.linear_model import LogisticRegression
 from backdoorscan.bench.data import load_datasets
 from backdoorscan.bench.spec import ModelSpec, plan_zoo
 from backdoorscan.bench.zoo import ZooEntry, train_zoo
-from backdoorscan.findings import Evidence, Examined
+from backdoorscan.findings import Examined
+from backdoorscan.plugin.detector import run_detector
 from backdoorscan.plugin.method import Context
 from backdoorscan.registry import installed
 from backdoorscan.scanning import ScanOptions, plan_detectors
@@ -46,12 +47,8 @@ def collect(entry: ZooEntry) -> dict[str, Any]:
     for _, detector in plan_detectors(ScanOptions(), installed()):
         context = Context(seed=0, earlier=dict(earlier))
         started = time.process_time()
-        evidence: list[Evidence] = []
-        units = detector.units(classifier, context)
-        while units:
-            evidence += [detector.examine(unit, classifier, entry.clean, context) for unit in units]
-            units = detector.more_units(evidence, classifier, context)
-        earlier[detector.id] = Examined(evidence=evidence, judgement=detector.judge(evidence))
+        evidence, judgement = run_detector(detector, classifier, entry.clean, context)
+        earlier[detector.id] = Examined(evidence=evidence, judgement=judgement)
         record[detector.id] = {
             "units": [part.figures for part in evidence],
             "triggers": [[trigger.to_json() for trigger in part.triggers] for part in evidence],

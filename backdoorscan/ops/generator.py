@@ -13,8 +13,7 @@ while it does not, so the masks of all labels end as small as the same success a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
 
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from backdoorscan.ops.searching import frozen
 from backdoorscan.ops.training import shuffled
 
 _PAST = 0.8
@@ -181,16 +181,3 @@ def train_generator(
             used += len(batch)
             progress((step + 1) / schedule.steps)
     return generator.eval(), used
-
-
-@contextmanager
-def frozen(network: nn.Module) -> Iterator[None]:
-    """Without gradients for the network's weights; their flags come back afterwards."""
-    trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    for parameter in trainable:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in trainable:
-            parameter.requires_grad_(True)

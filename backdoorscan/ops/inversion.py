@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from backdoorscan.classifier import Classifier
+from backdoorscan.ops.searching import draw, frozen
 from backdoorscan.trigger import Trigger, stamp
 
 
@@ -140,10 +141,7 @@ def invert(
     best_mask, best_pattern = torch.zeros_like(mask_raw), torch.zeros_like(pattern_raw)
     curves: list[tuple[Tensor, Tensor, Tensor]] = []
     gradient_samples = 0
-    trainable = [parameter for parameter in classifier.parameters() if parameter.requires_grad]
-    for parameter in trainable:
-        parameter.requires_grad_(False)
-    try:
+    with frozen(classifier):
         for step in range(schedule.steps):
             if step == schedule.screening:
                 state.keep_best_starts()
@@ -154,11 +152,9 @@ def invert(
             loss, hits = torch.zeros(len(active)), torch.zeros(len(active))
             for _ in range(schedule.batches):
                 own = [row // schedule.restarts for row in active.tolist()]
-                chosen = torch.stack([_draw(pools[at], schedule.batch_size, generator) for at in own])
+                chosen = torch.stack([draw(pools[at], schedule.batch_size, generator) for at in own])
                 if bystanders:
-                    chosen = torch.cat(
-                        [chosen, torch.stack([_draw(apart[at], bystanders, generator) for at in own])], 1
-                    )
+                    chosen = torch.cat([chosen, torch.stack([draw(apart[at], bystanders, generator) for at in own])], 1)
                 mask, pattern = torch.sigmoid(mask_raw[active]), torch.sigmoid(pattern_raw[active])
                 stamped = stamp(images[chosen], mask[:, None], pattern[:, None])
                 logits = classifier(stamped.flatten(0, 1))
@@ -184,9 +180,6 @@ def invert(
                 best_mask[improved], best_pattern[improved] = mask[kept].detach(), pattern[kept].detach()
             curves.append(tuple(_spread(active, value, len(rows)) for value in (loss, l1, hits)))  # type: ignore[arg-type]
             progress((step + 1) / schedule.steps)
-    finally:
-        for parameter in trainable:
-            parameter.requires_grad_(True)
 
     last_mask, last_pattern = torch.sigmoid(mask_raw).detach(), torch.sigmoid(pattern_raw).detach()
     losses, sizes, successes = (torch.stack(series) for series in zip(*curves, strict=True))
@@ -268,10 +261,6 @@ class CostState:
         settled = self._rose[active] & self._fell[active]
         self.active[active[settled & (self._stale[active] >= schedule.early_stop_patience)]] = False
         return improved.nonzero().flatten()
-
-
-def _draw(pool: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    return pool[torch.randint(len(pool), (count,), generator=generator)]
 
 
 def _spread(active: Tensor, values: Tensor, rows: int) -> Tensor:

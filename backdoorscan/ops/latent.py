@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from backdoorscan.ops.outliers import MAD_TO_SD
+
 
 def step_lengths(weights: Tensor, bias: Tensor, features: Tensor, part: float) -> Tensor:
     """How far features must move along a class's own direction until it overtakes each other class on most images.
@@ -62,4 +64,4 @@ def row_evidence(weights: Tensor, bias: Tensor) -> Tensor:
 
 def _deviations(values: Tensor) -> Tensor:
     away = values - values.median()
-    return away / (1.4826 * away.abs().median()).clamp_min(1e-12)
+    return away / (MAD_TO_SD * away.abs().median()).clamp_min(1e-12)

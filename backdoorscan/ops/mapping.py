@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from backdoorscan.classifier import Classifier
+from backdoorscan.ops.searching import draw, frozen
 from backdoorscan.trigger import Trigger, stamp
 
 _HOLD = 0.85  # weight of the past in running averages
@@ -103,16 +104,13 @@ def find_mapping(
     seen = torch.zeros(starts, classes, classes)
     leads_to = torch.zeros(starts, classes, dtype=torch.long)
     total, used = schedule.free_steps + schedule.steps, 0
-    trainable = [parameter for parameter in classifier.parameters() if parameter.requires_grad]
-    for parameter in trainable:
-        parameter.requires_grad_(False)
-    try:
+    with frozen(classifier):
         for step in range(total):
-            draw = torch.stack([_draw(pools, each, generator) for _ in range(starts)])
+            drawn = torch.stack([_draw_each(pools, each, generator) for _ in range(starts)])
             mask, pattern = torch.sigmoid(mask_raw), torch.sigmoid(pattern_raw)
-            scores = classifier(stamp(images[draw], mask[:, None], pattern[:, None]).flatten(0, 1))
+            scores = classifier(stamp(images[drawn], mask[:, None], pattern[:, None]).flatten(0, 1))
             used += len(scores)
-            scores, truth = scores.view(starts, -1, classes), labels[draw]
+            scores, truth = scores.view(starts, -1, classes), labels[drawn]
             chances = scores.softmax(2)
             sources = functional.one_hot(truth, classes).float()
             seen = 0.9 * seen + torch.einsum("sny,snk->syk", sources, chances.detach())
@@ -140,9 +138,6 @@ def find_mapping(
             loss.sum().backward()
             optimizer.step()
             progress((step + 1) / total)
-    finally:
-        for parameter in trainable:
-            parameter.requires_grad_(True)
     held = math.isfinite(float(best.min()))
     row = int(best.argmin() if held else success.argmax())
     mask, pattern = (kept_mask, kept_pattern) if held else (torch.sigmoid(mask_raw), torch.sigmoid(pattern_raw))
@@ -150,8 +145,8 @@ def find_mapping(
     return Mapping(leads_to[row], trigger, held), used
 
 
-def _draw(pools: list[Tensor], each: int, generator: torch.Generator) -> Tensor:
-    return torch.cat([pool[torch.randint(len(pool), (each,), generator=generator)] for pool in pools])
+def _draw_each(pools: list[Tensor], each: int, generator: torch.Generator) -> Tensor:
+    return torch.cat([draw(pool, each, generator) for pool in pools])
 
 
 def _anywhere_else(chances: Tensor, truth: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from backdoorscan.classifier import Classifier
 from backdoorscan.ops.inversion import CostState, Schedule
+from backdoorscan.ops.searching import draw, frozen
 
 
 class Family(Protocol):
@@ -125,15 +126,12 @@ def find_perturbations(
     pools = [(labels != target).nonzero().flatten() for target in targets]
     best = family.parameters.detach().clone()
     used = 0
-    trainable = [parameter for parameter in classifier.parameters() if parameter.requires_grad]
-    for parameter in trainable:
-        parameter.requires_grad_(False)
-    try:
+    with frozen(classifier):
         for step in range(schedule.steps):
             active = state.active.nonzero().flatten()
             if len(active) == 0:
                 break
-            drawn = torch.stack([_draw(pools[row], schedule.batch_size, generator) for row in active.tolist()])
+            drawn = torch.stack([draw(pools[row], schedule.batch_size, generator) for row in active.tolist()])
             scores = classifier(family.apply(images[drawn], active).flatten(0, 1))
             wanted = aims[active].repeat_interleave(schedule.batch_size)
             used += len(wanted)
@@ -147,9 +145,6 @@ def find_perturbations(
             improved = active[state.update(active, hits, size.detach())]
             best[improved] = before[improved]
             progress((step + 1) / schedule.steps)
-    finally:
-        for parameter in trainable:
-            parameter.requires_grad_(True)
     succeeded = [math.isfinite(value) for value in state.best.tolist()]
     with torch.no_grad():
         kept = torch.tensor(succeeded)
@@ -167,7 +162,3 @@ def _applied(family: Family, row: int) -> Callable[[Tensor], Tensor]:
         return family.apply(images[None], torch.tensor([row]))[0]
 
     return apply
-
-
-def _draw(pool: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    return pool[torch.randint(len(pool), (count,), generator=generator)]

@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from backdoorscan.classifier import Classifier, logits
 from backdoorscan.images import LabelledImages
+from backdoorscan.ops.searching import frozen
 
 COUNT = 64
 """Images to make, about."""
@@ -55,10 +56,7 @@ def make_images(
     raw = torch.randn(len(labels), channels, *coarse, generator=generator).to(device).requires_grad_()
     optimizer = torch.optim.Adam([raw], lr=_LEARNING_RATE)
     aims = labels.to(device)
-    trainable = [parameter for parameter in classifier.parameters() if parameter.requires_grad]
-    for parameter in trainable:
-        parameter.requires_grad_(False)
-    try:
+    with frozen(classifier):
         for step in range(_STEPS):
             images = _grown(raw, (height, width))
             loss = functional.cross_entropy(classifier(images), aims, reduction="sum")
@@ -66,9 +64,6 @@ def make_images(
             (loss + _SMOOTHNESS * _total_variation(images)).backward()
             optimizer.step()
             progress((step + 1) / _STEPS)
-    finally:
-        for parameter in trainable:
-            parameter.requires_grad_(True)
     with torch.no_grad():
         made = _grown(raw, (height, width))
         usable = made.isfinite().flatten(1).all(1)  # a network may overflow where gradients lead

@@ -65,6 +65,18 @@ class Detector(Method, ABC):
         """Draw the conclusion. Pure and cheap: stored evidence can be judged again."""
 
 
+def run_detector(
+    detector: Detector, classifier: Classifier, images: LabelledImages | None, context: Context
+) -> tuple[list[Evidence], Judgement]:
+    """All rounds of a detector's work, and what it makes of them."""
+    evidence: list[Evidence] = []
+    units = detector.units(classifier, context)
+    while units:
+        evidence += [detector.examine(unit, classifier, images, context) for unit in units]
+        units = detector.more_units(evidence, classifier, context)
+    return evidence, detector.judge(evidence)
+
+
 MANY_CLASSES = 64
 """Number of classes above which looking closely at each would take too long."""
 

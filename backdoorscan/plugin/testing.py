@@ -30,7 +30,7 @@ from backdoorscan.classifier import Classifier, logits, to_tensor
 from backdoorscan.errors import MethodError
 from backdoorscan.findings import Evidence, Examined, Finding, Judgement, Unit
 from backdoorscan.images import LabelledImages
-from backdoorscan.plugin.detector import Detector
+from backdoorscan.plugin.detector import Detector, run_detector
 from backdoorscan.plugin.method import Context, Method
 from backdoorscan.plugin.planting import planted, planted_images, planted_network, planted_pairs, planted_trigger
 from backdoorscan.plugin.repairer import Candidate, Repairer
@@ -90,18 +90,6 @@ def _after(
         examined = Examined(evidence=evidence, judgement=judgement)
         context = replace(context, earlier={**context.earlier, component.id: examined})
     return context
-
-
-def run_detector(
-    detector: Detector, classifier: Classifier, images: LabelledImages | None, context: Context
-) -> tuple[list[Evidence], Judgement]:
-    """All rounds of a detector's work, and what it makes of them; nothing is checked."""
-    evidence: list[Evidence] = []
-    units = detector.units(classifier, context)
-    while units:
-        evidence += [detector.examine(unit, classifier, images, context) for unit in units]
-        units = detector.more_units(evidence, classifier, context)
-    return evidence, detector.judge(evidence)
 
 
 def _check_detector_on(detector: Detector, classifier: Classifier, images: LabelledImages, context: Context) -> None:

@@ -19,6 +19,7 @@ from backdoorscan.images import LabelledImages
 from backdoorscan.ops.separation import features, retrained_head, separation
 from backdoorscan.plugin.detector import MANY_CLASSES, Detector, split_images
 from backdoorscan.plugin.method import Context, option
+from backdoorscan_plugins.perturbations import reached_sizes
 
 _INVERSION, _PERTURBATION, _LATENT = "neural-cleanse", "perturbation", "latent-shift"
 _TOGETHER = (_INVERSION, _LATENT)
@@ -158,13 +159,12 @@ def _compared(label: int, area: float, earlier: Mapping[str, Examined]) -> dict[
         figures["ratio"] = _lead(sizes, label) - max(excess, 0.0)
     if _PERTURBATION in earlier:
         rows = [row for part in earlier[_PERTURBATION].evidence for row in part.figures["labels"]]
-        largest = max((row["size"] for row in rows), default=1.0)
-        norms = {row["label"]: math.log(row["size"] if row["succeeded"] else largest) for row in rows}
+        norms = dict(zip((row["label"] for row in rows), reached_sizes(rows), strict=True))
         if len(norms) > 1 and label in norms:
             figures["pattern_ratio"] = _lead(norms, label)
     if _LATENT in earlier:
         rows = [row for part in earlier[_LATENT].evidence for row in part.figures["labels"]]
-        steps = {row["label"]: math.log(max(row["step"], 1e-3)) for row in rows if math.isfinite(row["step"])}
+        steps = {row["label"]: math.log(max(row["step"], 1e-3)) for row in rows}
         if len(steps) > 1 and label in steps:
             figures["latent"] = _lead(steps, label)
     return figures

@@ -147,7 +147,7 @@ class _Perturbations(Detector):
 
 def reached_sizes(rows: Sequence[dict[str, Any]]) -> list[float]:
     """The log size of each label; for one that was never reached, of the largest of any."""
-    largest = max(row["size"] for row in rows)
+    largest = max((row["size"] for row in rows), default=1.0)
     return [math.log(max(row["size"] if row["succeeded"] else largest, 1e-6)) for row in rows]
 
 

@@ -65,10 +65,7 @@ class SourcePairs(Detector):
         if not 0 < number <= len(self.stay):
             return ()
         best = (_promising(rows) if number == 1 else sorted(rows, key=_size))[: self.stay[number - 1]]
-        latest: dict[tuple[int, int], Trigger] = {}
-        for part in evidence:
-            for row, trigger in zip(part.figures["labels"], part.triggers, strict=True):
-                latest[_pair(row)] = trigger
+        latest = _latest(evidence)
         pairs = [_pair(row) for row in best]
         starts = [latest[pair] for pair in pairs]
         return heats(number + 1, [t for _, t in pairs], starts, [s for s, _ in pairs], at_a_time=10)
@@ -126,10 +123,7 @@ class SourcePairs(Detector):
         rows = last_round(evidence)
         if not rows or "transfer" not in rows[0]:
             return Judgement(p_value=None, note="Too many classes, or too few images, to look at pairs of classes.")
-        triggers: dict[tuple[int, int], Trigger] = {}
-        for part in evidence:
-            for row, trigger in zip(part.figures["labels"], part.triggers, strict=True):
-                triggers[_pair(row)] = trigger
+        triggers = _latest(evidence)
         findings = []
         for row in rows:
             score = statistic(row)
@@ -170,6 +164,15 @@ def _measured(
     left = logits(classifier, trigger.stamp(pixels[others])).argmax(1)
     kept = float((left == labels[others]).double().mean()) if len(left) else 1.0
     return {name: round(value, 5) for name, value in {**figures, "kept": kept}.items()}
+
+
+def _latest(evidence: Sequence[Evidence]) -> dict[tuple[int, int], Trigger]:
+    """Each pair's trigger as of the last round it was in."""
+    return {
+        _pair(row): trigger
+        for part in evidence
+        for row, trigger in zip(part.figures["labels"], part.triggers, strict=True)
+    }
 
 
 def _pair(row: dict[str, Any]) -> tuple[int, int]:

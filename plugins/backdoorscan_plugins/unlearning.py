@@ -18,7 +18,7 @@ from backdoorscan.images import LabelledImages
 from backdoorscan.ops.metrics import accuracy
 from backdoorscan.ops.stamping import stamp_some
 from backdoorscan.ops.training import fine_tune, moved, shuffled, vary
-from backdoorscan.plugin.detector import labels_to_check
+from backdoorscan.plugin.detector import labels_to_check, run_detector
 from backdoorscan.plugin.method import Context, option
 from backdoorscan.plugin.repairer import Candidate, Repairer
 from backdoorscan.trigger import Trigger
@@ -245,12 +245,13 @@ def _reverse_again(
     method = NeuralCleanse()
     labels = labels_to_check(classifier.num_classes, targets, context)
     watched = replace(context, labels=labels)
-    evidence = [method.examine(unit, classifier, images, watched) for unit in method.units(classifier, watched)]
-    judgement = method.judge(evidence)
-    works = {row["label"] for part in evidence for row in part.figures["labels"] if row["succeeded"]}
+    evidence, judgement = run_detector(method, classifier, images, watched)
+    rows = {row["label"]: row for part in evidence for row in part.figures["labels"]}
+    works = {label for label, row in rows.items() if row["succeeded"]}
     flagged = {finding.target_label for finding in judgement.findings if finding.p_value <= DEFAULT_LEVEL}
     wanted = works & (flagged | set(targets))
-    triggers = [trigger for part in evidence for trigger in part.triggers if trigger.target in wanted]
+    latest = {trigger.target: trigger for part in evidence for trigger in part.triggers}
+    triggers = [trigger for label, trigger in latest.items() if label in wanted]
     return triggers, bool(flagged), sum(part.gradient_samples for part in evidence)
 
 

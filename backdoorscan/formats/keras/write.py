@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from backdoorscan.artifact import Artifact
-from backdoorscan.errors import ArtifactError
+from backdoorscan.formats.changes import changed_tensors
 from backdoorscan.formats.keras.network import BuiltNetwork
 
 
@@ -25,24 +25,8 @@ def with_weights(artifact: Artifact, built: BuiltNetwork, weights: Mapping[str, 
     Raises:
         ArtifactError: A tensor is unknown, has another shape, or is not stored in the file.
     """
-    original = built.network.state_dict()
-    changed: dict[str, Tensor] = {}
-    for name, tensor in weights.items():
-        if name not in original:
-            raise ArtifactError(f"{artifact.path} has no tensor '{name}'.", hint="Repair the network that was loaded.")
-        if tensor.shape != original[name].shape:
-            raise ArtifactError(
-                f"The tensor '{name}' has the shape {tuple(tensor.shape)}.",
-                why=f"{artifact.path} stores {tuple(original[name].shape)}; its architecture stays as it is.",
-            )
-        if _same_bits(tensor, original[name]):
-            continue
-        if name not in built.origins:
-            raise ArtifactError(
-                f"The tensor '{name}' cannot be changed.",
-                why="It is a constant of the architecture, not a weight that the file stores.",
-            )
-        changed[name] = tensor
+    why = "It is a constant of the architecture, not a weight that the file stores."
+    changed = changed_tensors(artifact, built.network.state_dict(), weights, built.origins, why)
     if not changed:
         return artifact.data
     buffer = io.BytesIO(artifact.data)
@@ -59,8 +43,3 @@ def with_weights(artifact: Artifact, built: BuiltNetwork, weights: Mapping[str, 
 def _array(tensor: Tensor) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
     values: np.ndarray[tuple[int, ...], np.dtype[np.float32]] = tensor.detach().cpu().float().contiguous().numpy()
     return values
-
-
-def _same_bits(a: Tensor, b: Tensor) -> bool:
-    """Equality that holds for NaN too and tells 0 from -0."""
-    return _array(a).tobytes() == _array(b).tobytes()

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from backdoorscan.artifact import Artifact
 from backdoorscan.errors import ArtifactError
+from backdoorscan.formats.changes import changed_tensors
 from backdoorscan.formats.onnx.network import BuiltNetwork
 from backdoorscan.formats.onnx.tensors import decode
 
@@ -28,26 +29,11 @@ def with_weights(artifact: Artifact, built: BuiltNetwork, weights: Mapping[str, 
     Raises:
         ArtifactError: A tensor is unknown, has another shape, or is not stored in the file as it is.
     """
-    original = built.network.state_dict()
+    why = "The file computes it from others, it does not store it."
     changed: dict[str, NDArray[Any]] = {}
-    for name, tensor in weights.items():
-        if name not in original:
-            raise ArtifactError(f"{artifact.path} has no tensor '{name}'.", hint="Repair the network that was loaded.")
-        if tensor.shape != original[name].shape:
-            raise ArtifactError(
-                f"The tensor '{name}' has the shape {tuple(tensor.shape)}.",
-                why=f"{artifact.path} stores {tuple(original[name].shape)}; its architecture stays as it is.",
-            )
-        if _array(tensor).tobytes() == _array(original[name]).tobytes():
-            continue
-        if name not in built.origins:
-            raise ArtifactError(
-                f"The tensor '{name}' cannot be changed.",
-                why="The file computes it from others, it does not store it.",
-            )
+    for name, tensor in changed_tensors(artifact, built.network.state_dict(), weights, built.origins, why).items():
         origin = built.origins[name]
-        new = origin.to_file(_array(tensor))
-        changed.setdefault(origin.name, new)
+        changed.setdefault(origin.name, origin.to_file(_array(tensor)))
     if not changed:
         return artifact.data
     for name in weights.keys() & built.origins.keys():
