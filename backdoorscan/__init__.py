@@ -9,25 +9,64 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from backdoorscan.evaluating import evaluate
-    from backdoorscan.formats.images import load_images
-    from backdoorscan.formats.loading import ReadOptions, load_model
+    from backdoorscan.api import evaluate, load_classifier, load_images, render, repair, scan
+    from backdoorscan.classifier import Classifier
+    from backdoorscan.errors import BackdoorscanError
+    from backdoorscan.findings import Finding, Verdict
+    from backdoorscan.formats.loading import ReadOptions
+    from backdoorscan.images import LabelledImages
+    from backdoorscan.measured import EvaluationReport, RepairReport
     from backdoorscan.plugin.hookspecs import hookimpl
-    from backdoorscan.repairing import repair
-    from backdoorscan.scanning import scan
+    from backdoorscan.repairing import RepairOptions
+    from backdoorscan.report import ScanReport
+    from backdoorscan.scanning import ScanOptions
+    from backdoorscan.trigger import Trigger
 
 __version__ = "0.1.0"
 
-__all__ = ["ReadOptions", "__version__", "evaluate", "hookimpl", "load_images", "load_model", "repair", "scan"]
+__all__ = [
+    "BackdoorscanError",
+    "Classifier",
+    "EvaluationReport",
+    "Finding",
+    "LabelledImages",
+    "ReadOptions",
+    "RepairOptions",
+    "RepairReport",
+    "ScanOptions",
+    "ScanReport",
+    "Trigger",
+    "Verdict",
+    "__version__",
+    "evaluate",
+    "hookimpl",
+    "load_classifier",
+    "load_images",
+    "render",
+    "repair",
+    "scan",
+]
 
 _HOMES = {
+    "BackdoorscanError": "backdoorscan.errors",
+    "Classifier": "backdoorscan.classifier",
+    "EvaluationReport": "backdoorscan.measured",
+    "Finding": "backdoorscan.findings",
+    "LabelledImages": "backdoorscan.images",
     "ReadOptions": "backdoorscan.formats.loading",
-    "evaluate": "backdoorscan.evaluating",
+    "RepairOptions": "backdoorscan.repairing",
+    "RepairReport": "backdoorscan.measured",
+    "ScanOptions": "backdoorscan.scanning",
+    "ScanReport": "backdoorscan.report",
+    "Trigger": "backdoorscan.trigger",
+    "Verdict": "backdoorscan.findings",
+    "evaluate": "backdoorscan.api",
     "hookimpl": "backdoorscan.plugin.hookspecs",
-    "load_images": "backdoorscan.formats.images",
-    "load_model": "backdoorscan.formats.loading",
-    "repair": "backdoorscan.repairing",
-    "scan": "backdoorscan.scanning",
+    "load_classifier": "backdoorscan.api",
+    "load_images": "backdoorscan.api",
+    "render": "backdoorscan.api",
+    "repair": "backdoorscan.api",
+    "scan": "backdoorscan.api",
 }
 
 

@@ -11,12 +11,14 @@ import sys
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import backdoorscan
 from backdoorscan.errors import OutputError
 from backdoorscan.files import write_whole
-from backdoorscan.plugin.method import Method
+
+if TYPE_CHECKING:
+    from backdoorscan.plugin.method import Method
 
 
 def default_folder() -> Path:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from backdoorscan.costing import Meter
+from backdoorscan.errors import UnsupportedModelError
 from backdoorscan.evaluating import measure, predictions
 from backdoorscan.findings import Finding, Verdict
 from backdoorscan.formats.goodnet import write_goodnet
@@ -27,6 +28,8 @@ from backdoorscan.scanning import ScanOptions, look_again
 if TYPE_CHECKING:
     from backdoorscan.repairing import RepairOptions
 
+_GOODNET = ".goodnet."
+
 
 @dataclass(frozen=True)
 class Network:
@@ -35,17 +38,35 @@ class Network:
     name: str
     network: nn.Module
 
-    def write(self, loaded: LoadedModel, place: Path) -> None:
-        """Write it into the folder ``place``: a GoodNet as ONNX, another in the format of the original.
+    def write(self, loaded: LoadedModel, place: Path) -> list[str]:
+        """Write it into the folder ``place``: a GoodNet as ONNX or .pt2, another in the format of the original.
+
+        A network that learned to reject is written in both, where its format allows one class more.
+
+        Returns:
+            The names of the files.
 
         Raises:
             BackdoorscanError: It cannot be written.
         """
-        if isinstance(self.network, GoodNet | RejectingNet):
-            write_goodnet(self.network, place / self.name)
-            return
-        weights: Mapping[str, Tensor] = self.network.get_submodule("network").state_dict()
-        loaded.loader.write(loaded.artifact, weights, place / self.name, arch=loaded.options.arch)
+        artifact, arch = loaded.artifact, loaded.options.arch
+        if not isinstance(self.network, GoodNet | RejectingNet):
+            loaded.loader.write(artifact, _tensors(self.network), place / self.name, arch=arch)
+            return [self.name]
+        write_goodnet(self.network, place / self.name)
+        if isinstance(self.network, GoodNet):
+            return [self.name]
+        own = self.name.rpartition(_GOODNET)[0] + loaded.suffix
+        try:
+            loaded.loader.write_extended(artifact, _tensors(self.network.classifier), place / own, arch=arch)
+        except UnsupportedModelError:
+            return [self.name]
+        return [self.name, own]
+
+
+def _tensors(classifier: nn.Module) -> Mapping[str, Tensor]:
+    """The tensors of a classifier by their names in the file's network."""
+    return classifier.get_submodule("network").state_dict()
 
 
 class Bench:
@@ -105,14 +126,15 @@ class Bench:
         self.meter.gradient_samples += int(candidate.facts.get("gradient_samples", 0))
         path = self.loaded.artifact.path
         stem = f"{path.stem}_{candidate.name}"
+        goodnet = f"{stem}{_GOODNET}{self.options.goodnet_format}"
         networks: list[tuple[str, Network]]
         if candidate.rejects:
-            networks = [("goodnet", Network(f"{stem}.goodnet.onnx", RejectingNet(candidate.classifier)))]
+            networks = [("goodnet", Network(goodnet, RejectingNet(candidate.classifier)))]
         else:
-            networks = [("repaired", Network(stem + path.suffix, candidate.classifier))]
+            networks = [("repaired", Network(stem + self.loaded.suffix, candidate.classifier))]
             if candidate.goodnet or self.options.goodnet:
                 both = GoodNet(self.loaded.classifier, candidate.classifier)
-                networks.append(("goodnet", Network(f"{stem}.goodnet.onnx", both)))
+                networks.append(("goodnet", Network(goodnet, both)))
         rows = []
         for kind, network in networks:
             rejects = self.loaded.classifier.num_classes if kind == "goodnet" else None

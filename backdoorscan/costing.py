@@ -17,9 +17,15 @@ from backdoorscan.report import Cost
 
 @dataclass
 class Meter:
-    """Measures from its creation on."""
+    """Measures from its creation on.
+
+    Attributes:
+        gradient_samples: Images run forward and backward so far.
+        cpu_seconds_elsewhere: Processor time that other machines spent on it.
+    """
 
     gradient_samples: int = 0
+    cpu_seconds_elsewhere: float = 0.0
     _wall: float = field(default_factory=time.perf_counter)
     _cpu: float = field(default_factory=time.process_time)
 
@@ -30,7 +36,7 @@ class Meter:
         return Cost(
             gradient_samples=self.gradient_samples,
             wall_seconds=round(time.perf_counter() - self._wall, 3),
-            cpu_seconds=round(time.process_time() - self._cpu, 3),
+            cpu_seconds=round(time.process_time() - self._cpu + self.cpu_seconds_elsewhere, 3),
             peak_memory_mb=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 1),
         )
 

@@ -16,7 +16,7 @@ from backdoorscan.costing import Meter, versions
 from backdoorscan.errors import ArtifactError, ImagesError
 from backdoorscan.formats.goodnet import GoodNetFile, is_goodnet
 from backdoorscan.formats.images import load_images, load_picture
-from backdoorscan.formats.loading import ReadOptions, load_model
+from backdoorscan.formats.loading import ReadOptions, load_model, read_artifact
 from backdoorscan.images import LabelledImages
 from backdoorscan.measured import Attacks, EvaluationReport, Scores
 from backdoorscan.ops.metrics import accuracy, attack_counts, macro_precision
@@ -167,7 +167,7 @@ def open_network(
     path: str | Path, images: LabelledImages, read: ReadOptions | None, seed: int
 ) -> tuple[nn.Module, dict[str, Any], int]:
     """A network or a GoodNet, its facts for the report, and its number of classes without "backdoored"."""
-    artifact = Artifact.read(path)
+    artifact = read_artifact(path)
     if is_goodnet(artifact):
         goodnet = GoodNetFile(artifact)
         if goodnet.input_shape != images.shape:
@@ -178,12 +178,12 @@ def open_network(
             "kind": "goodnet",
             "path": str(path),
             "sha256": artifact.sha256,
-            "format": "goodnet-onnx",
+            "format": goodnet.format,
             "input_shape": list(goodnet.input_shape),
             "num_classes": goodnet.num_classes,
         }
         return goodnet, facts, goodnet.num_classes
-    loaded = load_model(path, images, read, seed=seed)
+    loaded = load_model(artifact, images, read, seed=seed)
     return loaded.classifier, {"kind": "classifier", **loaded.facts}, loaded.classifier.num_classes
 
 
@@ -197,7 +197,8 @@ def predict_pictures(model: str | Path, pictures: Sequence[str | Path]) -> tuple
     artifact = Artifact.read(model)
     if not is_goodnet(artifact):
         raise ArtifactError(
-            f"{model} is not a GoodNet.", hint="`backdoorscan repair` writes GoodNets: files that end in .goodnet.onnx."
+            f"{model} is not a GoodNet.",
+            hint="`backdoorscan repair` writes GoodNets: files that end in .goodnet.onnx or .goodnet.pt2.",
         )
     goodnet = GoodNetFile(artifact)
     pixels = torch.cat([to_tensor(load_picture(path, goodnet.input_shape))[None] for path in pictures])

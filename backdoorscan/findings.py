@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -16,6 +17,20 @@ class Verdict(StrEnum):
     CLEAN = "clean"
     BACKDOORED = "backdoored"
     INCONCLUSIVE = "inconclusive"
+
+
+class Severity(StrEnum):
+    """How much a finding weighs, the least first; ``policy.severity`` says when."""
+
+    LOW = "low"
+    MEDIUM = "medium"
+    HIGH = "high"
+    CRITICAL = "critical"
+
+    @property
+    def rank(self) -> int:
+        """0 for the least."""
+        return list(Severity).index(self)
 
 
 @dataclass(frozen=True)
@@ -64,6 +79,8 @@ class Finding:
         trigger: The reversed trigger, or ``None``.
         attack_success_rate: Of ``trigger`` on clean images it was not made from, in [0, 1].
         detector: Id of the method; filled in by the scan.
+        severity: Filled in by the policy; ``None`` where nobody judged it.
+        suppressed: The reason why the user accepts it, from a baseline, or ``None``.
     """
 
     target_label: int
@@ -73,6 +90,21 @@ class Finding:
     trigger: Trigger | None = None
     attack_success_rate: float | None = None
     detector: str = ""
+    severity: Severity | None = None
+    suppressed: str | None = None
+
+    def fingerprint(self, artifact: str) -> str:
+        """A name that is the same in every scan that finds the same in the same bytes.
+
+        Args:
+            artifact: SHA-256 of the model.
+
+        Returns:
+            32 hexadecimal digits: a digest of the artifact, the detector and the labels.
+        """
+        labels = f"{self.target_label}:{'any' if self.source_label is None else self.source_label}"
+        facts = f"{artifact}\0{self.detector}\0{labels}".encode("utf-8", "surrogatepass")
+        return hashlib.sha256(facts).hexdigest()[:32]
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for the report."""
@@ -85,6 +117,8 @@ class Finding:
             "source_label": self.source_label,
             "p_value": self.p_value,
             "score": self.score,
+            "severity": self.severity and str(self.severity),
+            "suppressed": self.suppressed,
             "trigger": trigger,
         }
 
@@ -100,6 +134,8 @@ class Finding:
             score=data["score"],
             attack_success_rate=trigger and trigger["attack_success_rate"],
             trigger=trigger and Trigger.from_json(trigger),
+            severity=Severity(data["severity"]) if data.get("severity") else None,
+            suppressed=data.get("suppressed"),
         )
 
 
@@ -113,6 +149,7 @@ class Judgement:
         ranking: Labels, the most suspicious first, for the detectors that follow; empty if it has no opinion.
         figures: Summary statistics for the report.
         note: One line for the reader, e.g. why there is no answer.
+        share: ``Detector.share``, which the scan fills in.
     """
 
     findings: Sequence[Finding] = ()
@@ -120,6 +157,7 @@ class Judgement:
     ranking: Sequence[int] = ()
     figures: Mapping[str, Any] = field(default_factory=dict)
     note: str = ""
+    share: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)

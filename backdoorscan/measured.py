@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar
 
 from backdoorscan.findings import Finding, Verdict
-from backdoorscan.report import Report
+from backdoorscan.report import Cost, Report
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,13 @@ class Scores:
     unsuccessful_attacks: int | None = None
     reversed_attacks: Attacks | None = None
 
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Scores:
+        """The inverse of ``asdict``, from what may hold other things too."""
+        attacks = data["reversed_attacks"]
+        values = {f.name: data[f.name] for f in fields(cls)}
+        return cls(**{**values, "reversed_attacks": attacks and Attacks(**attacks)})
+
 
 @dataclass(frozen=True)
 class CandidateRow:
@@ -99,6 +106,21 @@ class CandidateRow:
             **asdict(self.scores),
             "files": list(self.files),
         }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> CandidateRow:
+        """The inverse of ``to_json``."""
+        own = {f.name for f in fields(cls)} - {"scores", "facts"}
+        known = own | {f.name for f in fields(Scores)}
+        absent = {name for name in ("drop", "channels_pruned") if data[name] is None}
+        return cls(
+            **{
+                **{name: data[name] for name in own},
+                "scores": Scores.from_json(data),
+                "facts": {name: value for name, value in data.items() if name not in known | absent},
+                "verdict": Verdict(data["verdict"]) if data["verdict"] else None,
+            }
+        )
 
 
 @dataclass(frozen=True)
@@ -150,6 +172,23 @@ class RepairReport(Report):
             "candidates": [row.to_json() for row in self.candidates],
         }
 
+    def _summary(self) -> Iterable[Sequence[object]]:
+        yield "network", *_TITLES, "scanned again"
+        yield "B, as it came", *_figures(self.before), None
+        for row in self.candidates:
+            yield f"{row.kind} {row.name}", *_figures(row.scores), row.verdict
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> RepairReport:
+        """The inverse of ``to_json``, of what its schema allows."""
+        changes = {
+            "cost": Cost(**data["cost"]),
+            "before": Scores.from_json(data["before"]),
+            "candidates": [CandidateRow.from_json(row) for row in data["candidates"]],
+            "findings": [Finding.from_json(finding) for finding in data["findings"]],
+        }
+        return cls(**{f.name: data[f.name] for f in fields(cls)} | changes)
+
 
 @dataclass(frozen=True)
 class EvaluationReport(Report):
@@ -184,3 +223,25 @@ class EvaluationReport(Report):
             "versions": dict(self.versions),
             "cost": asdict(self.cost),
         }
+
+    def _summary(self) -> Iterable[Sequence[object]]:
+        return [("model", *_TITLES), (self.model.get("path"), *_figures(self.scores))]
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> EvaluationReport:
+        """The inverse of ``to_json``, of what its schema allows."""
+        changes = {"cost": Cost(**data["cost"]), "scores": Scores.from_json(data)}
+        return cls(**{f.name: data[f.name] for f in fields(cls) if f.name not in changes} | changes)
+
+
+_TITLES = ("clean accuracy", "true attack success", "success of the reversed triggers", "false rejects", "caught")
+
+
+def _figures(scores: Scores) -> tuple[float | None, ...]:
+    return (
+        scores.clean_accuracy,
+        scores.attack_success_rate,
+        scores.reversed_success_rate,
+        scores.false_reject_rate,
+        scores.caught_rate,
+    )

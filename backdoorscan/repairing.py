@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -38,6 +38,7 @@ class RepairOptions:
         output: Folder for the repaired networks; ``<model>-repaired`` if ``None``.
         force: Whether files in an existing folder may be replaced.
         goodnet: Whether every repaired network is also combined with the original into a GoodNet.
+        goodnet_format: ``"onnx"`` or ``"pt2"``: how GoodNets are written.
         max_drop: Budget: the most points of clean accuracy a repair may cost, or ``None``.
         rescan: Whether repaired networks are scanned again.
         learn_from_poisoned: Whether half of the poisoned images goes to the method; the other half measures.
@@ -51,6 +52,7 @@ class RepairOptions:
     output: Path | None = None
     force: bool = False
     goodnet: bool = False
+    goodnet_format: Literal["onnx", "pt2"] = "onnx"
     max_drop: float | None = None
     rescan: bool = True
     learn_from_poisoned: bool = False
@@ -129,9 +131,9 @@ def repair(
             observer("measuring", (position + 1) / len(tried))
         if options.method == AUTO:
             rows = [_best(rows, before)]
-        for _, network in rows:
-            network.write(loaded, place)
-        report_rows = [replace(row, files=[str(folder / network.name)]) for row, network in rows]
+        report_rows = [
+            replace(row, files=[str(folder / name) for name in network.write(loaded, place)]) for row, network in rows
+        ]
     return RepairReport(
         seed=options.seed,
         versions=versions(),

@@ -5,8 +5,9 @@ JSON is the canonical form; every other format is a function of it.
 
 from __future__ import annotations
 
+import html
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar
 
@@ -89,6 +90,11 @@ class ModelRun:
         cost: Of this model.
         not_tested: What the detectors that ran cannot see.
         notes: What makes the verdict less certain, a sentence each.
+        otherwise: The verdict but for its findings: clean or inconclusive.
+        alpha: Its false-alarm budget where it is not the report's, or ``None``.
+        cached: Whether the answer was there already: of an earlier scan, or of the same bytes in the same run.
+        error: Why the model could not be scanned, or empty. Then the facts about it are ``path`` and ``sha256`` (which
+            may be ``None``) alone, there are no images and no detectors, and nothing is complete.
     """
 
     model: Mapping[str, Any]
@@ -101,6 +107,10 @@ class ModelRun:
     cost: Cost
     not_tested: Sequence[str] = ()
     notes: Sequence[str] = ()
+    otherwise: Verdict = Verdict.INCONCLUSIVE
+    alpha: float | None = None
+    cached: bool = False
+    error: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
@@ -112,6 +122,7 @@ class ModelRun:
             "cost": asdict(self.cost),
             "not_tested": list(self.not_tested),
             "notes": list(self.notes),
+            "otherwise": str(self.otherwise),
         }
 
     @classmethod
@@ -122,6 +133,7 @@ class ModelRun:
             "findings": [Finding.from_json(finding) for finding in data["findings"]],
             "detectors": [DetectorRun.from_json(run) for run in data["detectors"]],
             "cost": Cost(**data["cost"]),
+            "otherwise": Verdict(data.get("otherwise", Verdict.INCONCLUSIVE)),
         }
         return cls(**{**data, **changes})
 
@@ -146,6 +158,24 @@ class Report:
         """Plain data, ready for ``json.dumps``."""
         raise NotImplementedError
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows: a table of the main figures."""
+        head, *rows = ["".join(f"<td>{_shown(cell)}</td>" for cell in row) for row in self._summary()]
+        body = "".join(f"<tr>{row}</tr>" for row in rows)
+        return f"<table><thead><tr>{head.replace('td>', 'th>')}</tr></thead><tbody>{body}</tbody></table>"
+
+    def _summary(self) -> Iterable[Sequence[object]]:
+        """The titles of columns, then rows."""
+        return [("report", "seed"), (self.schema, self.seed)]
+
+
+def _shown(value: object) -> str:
+    """A cell: text of others without what would be read as HTML or change how the text around it is read."""
+    if value is None:
+        return "–"
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)[:200]
+    return html.escape("".join(character if character.isprintable() else "�" for character in text))
+
 
 @dataclass(frozen=True)
 class ScanReport(Report):
@@ -156,7 +186,7 @@ class ScanReport(Report):
         complete: Whether every model was scanned completely.
         alpha: The false-alarm budget per model that the verdicts were drawn with.
         runs: One per model.
-        cached: Whether it is the report of an earlier scan of the same.
+        cached: Whether all of it is of earlier scans of the same.
     """
 
     schema: ClassVar[str] = "backdoorscan.report/1"
@@ -180,6 +210,14 @@ class ScanReport(Report):
             "cost": asdict(self.cost),
             "runs": [run.to_json() for run in self.runs],
         }
+
+    def _summary(self) -> Iterable[Sequence[object]]:
+        yield "model", "verdict", "complete", "suspected labels", "smallest p-value", "clean accuracy"
+        for run in self.runs:
+            labels = ", ".join(str(label) for label in dict.fromkeys(f.target_label for f in run.findings))
+            smallest = min((d.p_value for d in run.detectors if d.p_value is not None), default=None)
+            complete = "yes" if run.complete else "no"
+            yield run.model.get("path"), run.verdict, complete, labels or "none", smallest, run.clean_accuracy
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ScanReport:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -16,14 +16,14 @@ from backdoorscan import cache, policy
 from backdoorscan.artifact import Artifact
 from backdoorscan.classifier import Classifier, logits, to_tensor
 from backdoorscan.costing import Meter, versions
-from backdoorscan.engine import local
+from backdoorscan.engine import Engine, local
 from backdoorscan.engine.journal import Journal
 from backdoorscan.engine.keeping import Keeping, Kept
 from backdoorscan.engine.working import Working, working_images
 from backdoorscan.errors import MethodError, UsageError
-from backdoorscan.findings import Evidence, Examined, Finding, Verdict
+from backdoorscan.findings import Evidence, Examined, Finding, Unit, Verdict
 from backdoorscan.formats.images import load_images
-from backdoorscan.formats.loading import LoadedModel, ReadOptions, load_model
+from backdoorscan.formats.loading import LoadedModel, ReadOptions, load_model, read_artifact
 from backdoorscan.images import LabelledImages
 from backdoorscan.ops.metrics import accuracy
 from backdoorscan.plugin.detector import Detector
@@ -50,6 +50,7 @@ class ScanOptions:
         seed: Same input and same seed give the same report.
         timeout: Seconds after which the scan ends incomplete, or ``None``.
         jobs: Units of work at a time, each with one computing thread; the report is the same.
+        engine: Other machines to work on, or ``None`` for this one; the report is the same.
     """
 
     detectors: Sequence[str] = ()
@@ -59,6 +60,7 @@ class ScanOptions:
     seed: int = 0
     timeout: float | None = None
     jobs: int = 1
+    engine: Engine | None = None
 
 
 def _unseen(_stage: str, _fraction: float) -> None:
@@ -66,7 +68,7 @@ def _unseen(_stage: str, _fraction: float) -> None:
 
 
 def scan(
-    model: str | Path,
+    model: str | Path | Artifact,
     images: LabelledImages | str | Path | None = None,
     read: ReadOptions | None = None,
     options: ScanOptions | None = None,
@@ -78,7 +80,7 @@ def scan(
     """Look for backdoors in a model file.
 
     Args:
-        model: The file.
+        model: The file, or what was read of it.
         images: Clean labelled images, or where to read them; without any, images are made from the model.
         read: What is known about the file.
         options: How to scan.
@@ -96,11 +98,11 @@ def scan(
     observer("reading the model", 0.0)
     if isinstance(images, str | Path):
         images = load_images(images)
-    artifact = Artifact.read(model)
-    kept = keeping and Kept(keeping, _work(artifact, images, read, plan, options), {"alpha": options.alpha})
+    artifact = model if isinstance(model, Artifact) else read_artifact(model, registry)
+    kept = keeping and Kept(keeping, work(artifact, images, read, plan, options), {"alpha": options.alpha})
     stored = kept and kept.report()
     if stored:
-        report = _as_asked(stored, artifact, images, read)
+        report = replace(stored, runs=[as_asked(run, artifact.path, images, read) for run in stored.runs])
         registry.announce("scan_finished", report=report)
         return report
     loaded = load_model(artifact, images, read, seed=options.seed, registry=registry)
@@ -129,7 +131,7 @@ def scan(
     return report
 
 
-def _work(
+def work(
     artifact: Artifact,
     images: LabelledImages | None,
     read: ReadOptions,
@@ -148,16 +150,13 @@ def _work(
     }
 
 
-def _as_asked(report: ScanReport, artifact: Artifact, images: LabelledImages | None, read: ReadOptions) -> ScanReport:
-    """A kept report with the names under which its files are known now."""
-    runs = []
-    for run in report.runs:
-        model = {**run.model, "path": str(artifact.path)}
-        if "arch" in model:
-            model["arch"] = read.arch
-        described = run.images and {**run.images, "path": images.source if images is not None else None}
-        runs.append(replace(run, model=model, images=described))
-    return replace(report, runs=runs)
+def as_asked(run: ModelRun, path: Path, images: LabelledImages | None, read: ReadOptions) -> ModelRun:
+    """A run that was made before with the names under which its files are known now."""
+    model = {**run.model, "path": str(path)}
+    if "arch" in model:
+        model["arch"] = read.arch
+    described = run.images and {**run.images, "path": images.source if images is not None else None}
+    return replace(run, model=model, images=described, cached=True)
 
 
 def plan_detectors(options: ScanOptions, registry: Registry) -> list[tuple[Plugin, Detector]]:
@@ -222,7 +221,11 @@ def scan_model(
     if images is not None:
         predictions = logits(classifier, to_tensor(images.pixels)).argmax(1)
         clean_accuracy = accuracy(predictions, torch.from_numpy(images.labels))
-    verdict, findings, runs = _run_plan(plan, classifier, working.images, context, options, observer, registry, journal)
+    elsewhere = options.engine.cpu_seconds if options.engine else 0.0
+    drawn = _run_plan(plan, classifier, working.images, context, options, observer, registry, journal)
+    if options.engine:
+        meter.cpu_seconds_elsewhere += options.engine.cpu_seconds - elsewhere
+    runs = drawn.runs
     meter.gradient_samples += sum(run.gradient_samples for run in runs)
     complete = not any(run.error for run in runs)
     answered = {run.id for run in runs if run.p_value is not None}
@@ -234,14 +237,15 @@ def scan_model(
     return ModelRun(
         model=loaded.facts,
         images=working.described(options.seed),
-        verdict=verdict,
+        verdict=drawn.verdict,
         complete=complete,
         clean_accuracy=clean_accuracy,
-        findings=findings,
+        findings=drawn.findings,
         detectors=runs,
         cost=meter.read(),
         not_tested=not_tested,
         notes=notes,
+        otherwise=drawn.otherwise,
     )
 
 
@@ -251,8 +255,18 @@ def look_again(
     """Scan a network that is not a file: verdict, findings and gradient samples."""
     context = Context(seed=options.seed, labels=labels)
     plan = plan_detectors(options, registry)
-    verdict, findings, runs = _run_plan(plan, classifier, images, context, options, _unseen, registry)
-    return verdict, findings, sum(run.gradient_samples for run in runs)
+    drawn = _run_plan(plan, classifier, images, context, options, _unseen, registry)
+    return drawn.verdict, drawn.findings, sum(run.gradient_samples for run in drawn.runs)
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """What the detectors together say: see ``ModelRun``."""
+
+    verdict: Verdict
+    findings: list[Finding]
+    otherwise: Verdict
+    runs: list[DetectorRun]
 
 
 def _run_plan(
@@ -264,15 +278,14 @@ def _run_plan(
     observer: Observer,
     registry: Registry,
     journal: Journal | None = None,
-) -> tuple[Verdict, list[Finding], list[DetectorRun]]:
+) -> _Drawn:
     """Run the detectors one after the other, each told what those before it found, and draw the verdict."""
     earlier: dict[str, Examined] = {}
     runs = []
+    examine = options.engine.run if options.engine else partial(local.run, jobs=options.jobs)
     for plugin, detector in plan:
         told = replace(context, earlier=dict(earlier))
-        run, examined = _run_detector(
-            plugin, detector, classifier, images, told, options.jobs, observer, registry, journal
-        )
+        run, examined = _run_detector(plugin, detector, classifier, images, told, examine, observer, registry, journal)
         runs.append(run)
         if examined:
             earlier[detector.id] = examined
@@ -282,9 +295,12 @@ def _run_plan(
     verdict, findings = policy.verdict(judgements, options.alpha)
     # Detectors of special kinds alone cannot say that there is no ordinary backdoor.
     general = any(detector.id in answered and not detector.covers for _, detector in plan)
-    if verdict is Verdict.CLEAN and (any(run.error for run in runs) or not general):
-        verdict = Verdict.INCONCLUSIVE
-    return verdict, findings, runs
+    decided = general and not any(run.error for run in runs)
+    otherwise = policy.otherwise(judgements, findings, options.alpha)
+    verdict, otherwise = (
+        Verdict.INCONCLUSIVE if word is Verdict.CLEAN and not decided else word for word in (verdict, otherwise)
+    )
+    return _Drawn(verdict, findings, otherwise, runs)
 
 
 def _run_detector(
@@ -293,7 +309,7 @@ def _run_detector(
     classifier: Classifier,
     images: LabelledImages | None,
     context: Context,
-    jobs: int,
+    examine: Callable[..., Iterator[tuple[Unit, Evidence]]],
     observer: Observer,
     registry: Registry,
     journal: Journal | None,
@@ -310,7 +326,7 @@ def _run_detector(
             watched = replace(context, progress=_rest_of(partial(observer, detector.id), len(left) / len(units)))
             watched.progress(0.0)
             keep = {"keep": section.keep} if section else {}
-            for unit, part in local.run(detector, left, classifier, images, watched, jobs, **keep):
+            for unit, part in examine(detector, left, classifier, images, watched, **keep):
                 registry.announce("unit_finished", detector=detector, unit=unit, evidence=part)
                 found[unit.id] = part
             evidence += [found[unit.id] for unit in units]
@@ -319,7 +335,8 @@ def _run_detector(
     except MethodError as error:
         _log.debug("%s failed", detector.id, exc_info=error)
         return replace(run, error=str(error), seconds=_since(started)), None
-    judgement = replace(judgement, findings=[replace(f, detector=detector.id) for f in judgement.findings])
+    findings = [replace(f, detector=detector.id) for f in judgement.findings]
+    judgement = replace(judgement, findings=findings, share=detector.share)
     run = replace(
         run,
         evidence={**judgement.figures, "units": [part.figures for part in evidence]},

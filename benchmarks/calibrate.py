@@ -21,6 +21,8 @@ from typing import Any
 import numpy as np
 import torch
 from backdoorscan_plugins import confirmation, perturbations, source_pairs
+from backdoorscan_plugins.graph_logic import GraphLogic
+from backdoorscan_plugins.label_mapping import LabelMapping
 from scipy import stats
 from sklearn.linear_model import LogisticRegression
 
@@ -177,14 +179,17 @@ def verdicts(
     groups = sorted({record["group"] for record in clean})
     ordered = [record for group in groups for record in clean if record["group"] == group]
     others = (mapped, paired, warped)
+    methods = (confirmation.Confirmation, LabelMapping, source_pairs.SourcePairs, perturbations.WarpInversion)
+    shares = [method.share for method in methods]
+    whole = sum(shares) + GraphLogic.share  # which has an answer on every network
     nulls = [held_out, *([value for value in map(one, ordered) if value > -9] for one in others)]
 
     def p_value(values: Sequence[float]) -> float:
         tails = [
-            float(stats.t.sf((value - np.mean(null)) / np.std(null, ddof=1), len(null) - 1))
-            for value, null in zip(values, nulls, strict=True)
+            float(stats.t.sf((value - np.mean(null)) / np.std(null, ddof=1), len(null) - 1)) * whole / share
+            for value, null, share in zip(values, nulls, shares, strict=True)
         ]
-        return min(1.0, len(tails) * min(tails))
+        return min(1.0, *tails)
 
     of_clean = [p_value([own, *(one(r) for one in others)]) for own, r in zip(held_out, ordered, strict=True)]
     of_bad = []

@@ -1,5 +1,6 @@
 """What several tests need: a planted network as a file, and registries with plugins made up on the spot."""
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,3 +93,23 @@ def registry_of() -> Callable[..., Registry]:
 def triple() -> Callable[..., tuple[Classifier, LabelledImages, Any]]:
     """A small planted classifier: ``triple(target)``."""
     return lambda target, **options: planted(target, **{"classes": CLASSES, "blocks": BLOCKS, "count": 60} | options)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Print how many hostile files of each family were refused, and how many loaded as harmless.
+
+    Here, since with several processes the one that prints loads this file alone.
+    """
+    counts: Counter[tuple[str, str]] = Counter()
+    for report in terminalreporter.stats.get("passed", []):
+        for name, value in report.user_properties:
+            if name == "hostile":
+                counts.update({(family, outcome): number for family, outcome, number in value})
+    if not counts:
+        return
+    terminalreporter.section("hostile files")
+    for family in sorted({family for family, _ in counts}):
+        refused, loaded = counts[family, "refused"], counts[family, "loaded"]
+        terminalreporter.write_line(f"{family:32} {refused:6} refused {loaded:6} loaded as harmless")
+    total = [sum(number for (_, kind), number in counts.items() if kind == word) for word in ("refused", "loaded")]
+    terminalreporter.write_line(f"{'all':32} {total[0]:6} refused {total[1]:6} loaded as harmless")

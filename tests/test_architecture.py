@@ -22,7 +22,8 @@ FLOORS = {
     "ops": 2,
     "plugin": 3,
     **dict.fromkeys(("formats", "reports", "engine", "registry", "config", "policy", "costing", "cache"), 4),
-    **dict.fromkeys(("scanning", "comparing", "repairing", "evaluating", "demo", "bench"), 5),
+    **dict.fromkeys(("baseline", "manifest"), 4),
+    **dict.fromkeys(("api", "scanning", "surveying", "comparing", "repairing", "evaluating", "demo", "bench"), 5),
     **dict.fromkeys(("cli", "__main__"), 6),
 }
 PLUGIN_FLOOR = 3

@@ -13,8 +13,18 @@ alpha = 5
 
 [tool.backdoorscan]
 alpha = 0.05
+fail_on = "high"
+baseline = "accepted.toml"
 seed = 3
 detectors = ["neural-cleanse"]
+valid = "sets.npz#test"
+limit = 100
+formats = ["table", "json=scan.json"]
+jobs = 2
+threads = 1
+timeout = 3.5
+cache = false
+cache_dir = "/cache"
 
 [tool.backdoorscan.neural-cleanse]
 steps = 200
@@ -31,7 +41,21 @@ def write(folder: Path, text: str, name="pyproject.toml") -> Path:
 def test_everything(tmp_path):
     file = write(tmp_path, FULL)
     expected = config.Settings(
-        alpha=0.05, seed=3, detectors=("neural-cleanse",), methods={"neural-cleanse": {"steps": 200}}, source=file
+        alpha=0.05,
+        fail_on="high",
+        baseline=tmp_path / "accepted.toml",
+        seed=3,
+        detectors=("neural-cleanse",),
+        valid=str(tmp_path / "sets.npz#test"),
+        limit=100,
+        formats=("table", "json=scan.json"),
+        jobs=2,
+        threads=1,
+        timeout=3.5,
+        cache=False,
+        cache_dir=Path("/cache"),
+        methods={"neural-cleanse": {"steps": 200}},
+        source=file,
     )
     assert config.load(file, METHODS) == expected
 
@@ -58,6 +82,15 @@ def test_the_nearest_pyproject_counts(tmp_path):
     assert config.load(None, METHODS, start=tmp_path).seed == 3
 
 
+def test_a_file_of_its_own_is_found_and_comes_before_a_pyproject(tmp_path):
+    write(tmp_path, FULL)
+    own = write(tmp_path, "seed = 8\nvalid = 'clean.h5'", "backdoorscan.toml")
+    below = tmp_path / "below"
+    write(below, "[tool.other]")
+    settings = config.load(None, METHODS, start=below)
+    assert (settings.source, settings.seed, settings.valid) == (own, 8, str(tmp_path / "clean.h5"))
+
+
 def test_the_current_folder_is_where_it_starts(tmp_path, monkeypatch):
     write(tmp_path, FULL)
     monkeypatch.chdir(tmp_path)
@@ -66,7 +99,23 @@ def test_the_current_folder_is_where_it_starts(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "line",
-    ["alpha = '0.1'", "alpha = true", "seed = 1.5", "seed = false", "detectors = 'prune'", "detectors = [1]"],
+    [
+        "alpha = '0.1'",
+        "alpha = true",
+        "seed = 1.5",
+        "seed = false",
+        "seed = -1",
+        "detectors = 'prune'",
+        "detectors = [1]",
+        "formats = 'json'",
+        "fail_on = true",
+        "jobs = 0",
+        "limit = 0",
+        "timeout = -1",
+        "cache = 'no'",
+        "cache_dir = ''",
+        "prune = 3",
+    ],
 )
 def test_values_of_the_wrong_type(tmp_path, line):
     with pytest.raises(UsageError, match=line.partition(" ")[0]):
@@ -75,7 +124,7 @@ def test_values_of_the_wrong_type(tmp_path, line):
 
 @pytest.mark.parametrize(
     ("text", "hint"),
-    [("alhpa = 1", "'alpha'"), ("[tool.backdoorscan.prun]\ndrop = 1", "'prune'"), ("prune = 3", "'prune'")],
+    [("alhpa = 1", "'alpha'"), ("[tool.backdoorscan.prun]\ndrop = 1", "'prune'"), ("failon = 'low'", "'fail_on'")],
 )
 def test_a_key_nobody_knows(tmp_path, text, hint):
     file = write(tmp_path, text if text.startswith("[") else f"[tool.backdoorscan]\n{text}")

@@ -34,7 +34,7 @@ AFTER = {"confirmation": [NeuralCleanse]}
 RANKING = {"head-weights", "latent-shift"}
 """Detectors that give no verdict on ten classes."""
 
-NOT_FOR_PATCHES = {"label-mapping", "warp"}
+NOT_FOR_PATCHES = {"graph-logic", "label-mapping", "warp"}
 """Detectors that look for something else than a trigger which leads everything to one label."""
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from backdoorscan.errors import UsageError
-from backdoorscan.findings import Finding, Verdict
+from backdoorscan.findings import Finding, Severity, Verdict
 from backdoorscan.report import Cost, DetectorRun, ModelRun, ScanReport
 from backdoorscan.trigger import Trigger, stamp
 
@@ -19,6 +19,7 @@ FULL = Finding(
     target_label=7, p_value=1e-9, score=4.5, source_label=2, trigger=TRIGGER, attack_success_rate=0.97, detector="x"
 )
 BARE = Finding(target_label=0, p_value=1.0, score=-0.5)
+JUDGED = replace(FULL, severity=Severity.HIGH, suppressed="ours")
 
 
 def same(one: Finding, other: Finding) -> bool:
@@ -28,9 +29,20 @@ def same(one: Finding, other: Finding) -> bool:
     return exact and targets[0] == targets[1] and replace(one, trigger=None) == replace(other, trigger=None)
 
 
-@pytest.mark.parametrize("finding", [FULL, BARE], ids=["full", "bare"])
+@pytest.mark.parametrize("finding", [FULL, BARE, JUDGED], ids=["full", "bare", "judged"])
 def test_a_finding_survives_json(finding):
     assert same(Finding.from_json(through_json(finding.to_json())), finding)
+
+
+def test_a_fingerprint_is_of_the_bytes_the_method_and_the_labels():
+    same = [FULL, replace(FULL, p_value=0.5, score=0.0, trigger=None, suppressed="x")]
+    others = [replace(FULL, detector="y"), replace(FULL, target_label=8), replace(FULL, source_label=None)]
+    assert len({finding.fingerprint("a" * 64) for finding in same}) == 1
+    assert len({finding.fingerprint("a" * 64) for finding in (FULL, *others)} | {FULL.fingerprint("b" * 64)}) == 5
+
+
+def test_severities_are_in_order():
+    assert [severity.rank for severity in Severity] == [0, 1, 2, 3]
 
 
 def test_a_finding_tells_the_size_of_its_trigger():

@@ -7,8 +7,9 @@ from torch import fx, nn
 
 from backdoorscan.artifact import Artifact
 from backdoorscan.classifier import Classifier, InputConvention
-from backdoorscan.errors import ArtifactError, UnsafeModelError
+from backdoorscan.errors import ArtifactError, OutputError, UnsafeModelError, UnsupportedModelError
 from backdoorscan.formats.goodnet import GoodNetFile, is_goodnet, write_goodnet
+from backdoorscan.formats.pt2.loader import Pt2
 from backdoorscan.goodnet import GoodNet, disagreement
 
 
@@ -90,6 +91,38 @@ def test_the_file_computes_what_the_network_does(tmp_path, name):
         np.testing.assert_allclose(read(pixels).numpy(), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_the_exported_program_computes_what_the_network_does(tmp_path, name):
+    options, as_file_takes_it = CASES[name]
+    goodnet = pair(**options)
+    path = tmp_path / "g.pt2"
+    write_goodnet(goodnet, path)
+    assert is_goodnet(Artifact.read(path))
+    read = GoodNetFile(Artifact.read(path))
+    assert (read.num_classes, read.input_shape) == (goodnet.num_classes, goodnet.original.input_shape)
+    program = torch.export.load(path).module()
+    for count in (1, 7):
+        pixels = torch.rand(count, *goodnet.original.input_shape)
+        expected = goodnet(pixels).detach()
+        scores, answers = program(as_file_takes_it(pixels).contiguous())
+        torch.testing.assert_close(scores, expected, atol=1e-5, rtol=0)
+        assert torch.equal(answers, expected.argmax(1))
+        torch.testing.assert_close(read(pixels), expected, atol=1e-5, rtol=0)
+
+
+def test_an_exported_goodnet_is_not_scanned(tmp_path):
+    path = tmp_path / "g.pt2"
+    write_goodnet(pair(), path)
+    with pytest.raises(UnsupportedModelError, match="is a GoodNet"):
+        Pt2().load(Artifact.read(path), None)
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
+def test_a_disk_that_refuses(tmp_path, suffix):
+    with pytest.raises(OutputError, match="Cannot write"):
+        write_goodnet(pair(), tmp_path / "no" / f"g{suffix}")
+
+
 @pytest.fixture(scope="module")
 def content(tmp_path_factory) -> bytes:
     path = tmp_path_factory.mktemp("goodnet") / "g.onnx"
@@ -146,9 +179,10 @@ def test_a_truncated_file(file):
         GoodNetFile(Artifact.read(file))
 
 
-def test_an_unknown_operator(file):
+def test_an_unknown_operator(file, capfd):
     model = onnx.load_model(file)
     model.graph.node[0].op_type = "NoSuchThing"
     file.write_bytes(model.SerializeToString())
     with pytest.raises(ArtifactError, match="not a usable GoodNet"):
         GoodNetFile(Artifact.read(file))
+    assert capfd.readouterr().out == ""

@@ -12,16 +12,18 @@ from typing import Annotated, NoReturn
 import typer
 
 import backdoorscan
-from backdoorscan.cli import bench, demo, evaluate, plugins, predict, repair, scan
+from backdoorscan.cli import bench, convert, demo, evaluate, inspect, plugins, predict, repair, report, scan
 from backdoorscan.cli._console import Color, Terminal
+from backdoorscan.cli._help import Command, Group, usage_hint
 from backdoorscan.errors import BackdoorscanError, ExitCode
 
 app = typer.Typer(
     name="backdoorscan",
+    cls=Group,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    rich_markup_mode=None,
 )
 
 
@@ -57,13 +59,16 @@ def options(
     context.obj = Terminal(quiet=quiet, color=color, progress=not no_progress, config=config)
 
 
-app.command("scan", rich_help_panel="Models")(scan.scan)
-app.command("repair", rich_help_panel="Models")(repair.repair)
-app.command("evaluate", rich_help_panel="Models")(evaluate.evaluate)
-app.command("predict", rich_help_panel="Models")(predict.predict)
-app.command("demo", rich_help_panel="More")(demo.demo)
-app.command("bench", rich_help_panel="More")(bench.bench)
-app.add_typer(plugins.app, name="plugins", rich_help_panel="More")
+app.command("scan", cls=Command, rich_help_panel="Models")(scan.scan)
+app.command("repair", cls=Command, rich_help_panel="Models")(repair.repair)
+app.command("evaluate", cls=Command, rich_help_panel="Models")(evaluate.evaluate)
+app.command("predict", cls=Command, rich_help_panel="Models")(predict.predict)
+app.command("report", cls=Command, rich_help_panel="Models")(report.report)
+app.command("inspect", cls=Command, rich_help_panel="Models")(inspect.inspect)
+app.command("convert", cls=Command, rich_help_panel="Models")(convert.convert)
+app.command("demo", cls=Command, rich_help_panel="More")(demo.demo)
+app.command("bench", cls=Command, rich_help_panel="More")(bench.bench)
+app.add_typer(plugins.app, name="plugins", cls=Group, rich_help_panel="More")
 
 
 def main() -> NoReturn:
@@ -82,17 +87,15 @@ def run(arguments: Sequence[str]) -> int:
     """
     verbose = any(argument in ("-v", "--verbose") for argument in arguments)
     try:
-        app(args=list(arguments), prog_name="backdoorscan")
+        code = app(args=list(arguments), prog_name="backdoorscan", standalone_mode=False) or ExitCode.OK
     except SystemExit as stop:
-        code = stop.code if isinstance(stop.code, int) else ExitCode.ERROR
-        if code == ExitCode.INTERRUPTED:
-            _complain("Interrupted.")
-        return int(code)
-    except KeyboardInterrupt:
-        _complain("Interrupted.")
-        return ExitCode.INTERRUPTED
-    except BrokenPipeError:
-        # The reader of our output went away: whatever the verdict was, it did not arrive.
+        # Completion is done; or the reader of our output went away: whatever the verdict was, it did not arrive.
+        return ExitCode.ERROR if stop.code else ExitCode.OK
+    except typer.TyperException as error:
+        if arguments:
+            _complain(" ".join(error.format_message().split()), "", usage_hint(error))
+        else:
+            print(error.format_message(), file=sys.stderr)
         return ExitCode.ERROR
     except BackdoorscanError as error:
         if verbose:
@@ -109,7 +112,9 @@ def run(arguments: Sequence[str]) -> int:
         hint = "This is a bug: please report it." + ("" if verbose else " -v shows where it happened.")
         _complain(f"Internal error: {type(error).__name__}: {error}", "", hint)
         return ExitCode.ERROR
-    return ExitCode.OK
+    if code == ExitCode.INTERRUPTED:
+        _complain("Interrupted.")
+    return int(code)
 
 
 def _complain(what: str, why: str = "", hint: str = "") -> None:

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-
-from backdoorscan.errors import OutputError
+from backdoorscan.errors import BackdoorscanError, OutputError, UsageError
 from backdoorscan.files import write_whole
 
 if TYPE_CHECKING:
+    from backdoorscan.plugin import reporter
     from backdoorscan.report import Report
 
 
@@ -26,6 +27,19 @@ class Color(StrEnum):
     AUTO = "auto"
     ALWAYS = "always"
     NEVER = "never"
+
+
+@dataclass(frozen=True)
+class Destination:
+    """One rendering of a report.
+
+    Attributes:
+        format: Its name.
+        file: Where it goes; ``None`` for stdout.
+    """
+
+    format: str
+    file: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -62,28 +76,103 @@ class Terminal:
         if not output.absolute().parent.is_dir():
             raise OutputError(f"Cannot write {output}: there is no folder {output.absolute().parent}.")
 
-    def emit(self, report: Report, format: str, output: Path | None) -> None:
-        """Write a report to stdout or to a file.
+    def destinations(self, formats: Sequence[str] | None, output: Path | None) -> list[Destination]:
+        """What is written where.
+
+        Args:
+            formats: FORMAT, or FORMAT=FILE, for each rendering; none for a table.
+            output: Where the only one of them goes.
+
+        Returns:
+            At most one goes to stdout; where all have a file, a table does, unless the user wants quiet.
 
         Raises:
-            UnknownNameError: No such format.
-            OutputError: The file cannot be written.
+            UsageError: Two of them go to one place, or it is not clear where one goes.
+        """
+        found = [_destination(text) for text in formats or ["table"]]
+        if output is not None and str(output) != "-":
+            if len(found) > 1 or found[0].file is not None:
+                raise UsageError(
+                    "The file for the report goes with one format.", hint=f"Name a file for each: -f FORMAT={output}."
+                )
+            return [Destination(found[0].format, output)]
+        shown = [each.format for each in found if each.file is None]
+        if len(shown) > 1:
+            both = f"The formats {shown[0]} and {shown[1]} both go to stdout."
+            raise UsageError(both, hint=f"Give one a file: -f {shown[1]}=FILE.")
+        (file, count), *_ = Counter(each.file and each.file.absolute() for each in found).most_common(1)
+        if count > 1:
+            raise UsageError(f"Two formats go to {file}.", hint="Give each a file of its own.")
+        return found if shown or self.quiet else [*found, Destination("table")]
+
+    def check_formats(self, formats: Sequence[str] | None, output: Path | None, kind: type[Report]) -> None:
+        """Complain before any work about formats that could not be written after it.
+
+        Raises:
+            UsageError: As ``destinations``; no such format, or one that has no place for this kind of report.
+            PluginError: It is broken.
+            OutputError: A file that could not be written.
+        """
+        from backdoorscan.reports.taxonomy import refuse
+
+        for destination in self.destinations(formats, output):
+            if issubclass(kind, _refused(_reporter(destination.format))):
+                raise refuse(kind, destination.format)
+            self.check_output(destination.file)
+
+    def shows_table(self, formats: Sequence[str] | None, output: Path | None) -> bool:
+        """Whether somebody reads a table on stdout."""
+        return Destination("table") in self.destinations(formats, output)
+
+    def emit(
+        self,
+        report: Report,
+        formats: Sequence[str] | None,
+        output: Path | None,
+        *,
+        render: Callable[[str, reporter.Terminal], str] | None = None,
+        width: int = 100,
+    ) -> None:
+        """Write a report to stdout, to files, or both; what fails does not keep the others from being written.
+
+        Args:
+            report: What there is to tell.
+            formats: As for ``destinations``.
+            output: As for ``destinations``.
+            render: Makes the text of a format; that format's reporter unless given.
+            width: Columns where there is no terminal.
+
+        Raises:
+            UsageError: As ``check_formats``.
+            OutputError: A file cannot be written.
         """
         from backdoorscan.plugin import reporter
-        from backdoorscan.registry import installed
 
-        component = installed().find("reporter", format).component
-        if not (isinstance(component, type) and issubclass(component, reporter.Reporter)):
-            raise OutputError(f"The format {format} cannot be used.")
-        if output is None or str(output) == "-":
-            colored = self.color is Color.ALWAYS or (self.color is Color.AUTO and self._stdout_has_color())
-            width = Console(file=sys.stdout).width if sys.stdout.isatty() else 100
-            sys.stdout.write(component().render(report, reporter.Terminal(width=width, color=colored)))
+        def by_reporter(format: str, terminal: reporter.Terminal) -> str:
+            return _reporter(format)().render(report, terminal)
+
+        render = render or by_reporter
+        failed: list[BackdoorscanError] = []
+        everything = self.destinations(formats, output)
+        for file, format in [(each.file, each.format) for each in everything if each.file is not None]:
+            try:
+                write_whole(file, render(format, reporter.Terminal(width=width)).encode())
+                self.say(f"wrote {file}")
+            except BackdoorscanError as error:
+                failed.append(error)
+        # Last, as whoever reads it may go away.
+        for format in [each.format for each in everything if each.file is None]:
+            if sys.stdout.isatty():
+                width = shutil.get_terminal_size().columns
+            sys.stdout.write(render(format, reporter.Terminal(width=width, color=self._colored())))
             sys.stdout.flush()
-            return
-        text = component().render(report, reporter.Terminal())
-        write_whole(output, text.encode())
-        self.say(f"wrote {output}")
+        if len(failed) == 1:
+            raise failed[0]
+        if failed:
+            raise OutputError(f"{len(failed)} reports were not written.", why=" ".join(each.what for each in failed))
+
+    def _colored(self) -> bool:
+        return self.color is Color.ALWAYS or (self.color is Color.AUTO and self._stdout_has_color())
 
     @staticmethod
     def _stdout_has_color() -> bool:
@@ -105,6 +194,7 @@ class Terminal:
         if self.quiet or not self.progress or not sys.stderr.isatty():
             yield lambda _stage, _fraction: None
             return
+        from rich.console import Console
         from rich.progress import (
             BarColumn,
             Progress,
@@ -140,3 +230,31 @@ class Terminal:
                 progress.update(tasks[stage], completed=fraction)
 
             yield observe
+
+
+def _destination(text: str) -> Destination:
+    format, given, file = text.partition("=")
+    if given and not file:
+        raise UsageError(f"-f {text} names no file.", hint=f"For example -f {format}=report.{format}.")
+    return Destination(format, Path(file) if given and file != "-" else None)
+
+
+def _reporter(format: str) -> type[reporter.Reporter]:
+    """The class of a format.
+
+    Raises:
+        UnknownNameError: There is none.
+        OutputError: It is none.
+    """
+    from backdoorscan.plugin import reporter
+    from backdoorscan.registry import installed
+
+    component = installed().find("reporter", format).component
+    if not (isinstance(component, type) and issubclass(component, reporter.Reporter)):
+        raise OutputError(f"The format {format} cannot be used.")
+    return component
+
+
+def _refused(component: type[reporter.Reporter]) -> tuple[type[Report], ...]:
+    """The kinds of report that a format has no place for."""
+    return tuple(component.refuses)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
 
+from backdoorscan.cli._completion import assignments, ids
 from backdoorscan.errors import UsageError
 
 if TYPE_CHECKING:
@@ -17,8 +18,12 @@ if TYPE_CHECKING:
     from backdoorscan.formats.loading import ReadOptions
 
 FEEDING = "How the model was fed (found on the clean images unless given)"
+RUNNING = "How it runs"
+REPORT = "The report"
 
-Model: TypeAlias = Annotated[Path, typer.Argument(help="The model file: Keras .h5, PyTorch state dict, safetensors.")]
+Model: TypeAlias = Annotated[
+    Path, typer.Argument(metavar="MODEL", help="The model file: Keras, ONNX, .pt2, or weights with --arch.")
+]
 Valid: TypeAlias = Annotated[
     str,
     typer.Option(
@@ -32,6 +37,7 @@ OptionalValid: TypeAlias = Annotated[
     typer.Option(
         "--valid",
         metavar="DATA",
+        envvar="BACKDOORSCAN_VALID",
         help="Clean labelled images: .h5, .npz (file.npz#test), idx, folder of class folders. Optional: without them "
         "the scan makes images from the model, and its verdict is less certain.",
     ),
@@ -52,15 +58,29 @@ Target: TypeAlias = Annotated[
     int | None, typer.Option("--target", help="Target label, if the poisoned images carry their true labels.")
 ]
 Limit: TypeAlias = Annotated[
-    int | None, typer.Option("--limit", min=1, help="Use a sample of the clean images, balanced over the classes.")
+    int | None,
+    typer.Option(
+        "--limit",
+        min=1,
+        envvar="BACKDOORSCAN_LIMIT",
+        help="Use a sample of the clean images, balanced over the classes.",
+    ),
 ]
 Arch: TypeAlias = Annotated[
     str | None,
     typer.Option(
         "--arch",
         metavar="FILE.py:NAME",
-        help="Architecture of a weights-only file: FILE.py:NAME or package.module:NAME (your own code, which is run); "
-        "for Keras weights another .h5 or a model.json.",
+        help="Architecture of a weights-only file: timm:NAME, torchvision:NAME, FILE.py:NAME or package.module:NAME "
+        "(your own code, which is run); for Keras weights another .h5, a .keras or a model.json.",
+    ),
+]
+Trust: TypeAlias = Annotated[
+    bool,
+    typer.Option(
+        "--trust",
+        help="Convert what cannot be read as data (TorchScript, pickled networks, SavedModel, Lambda layers), in a "
+        "sandbox: that runs code from the file.",
     ),
 ]
 InputRange: TypeAlias = Annotated[
@@ -78,18 +98,54 @@ Layout: TypeAlias = Annotated[
     str | None, typer.Option(metavar="NCHW|NHWC", help="Axis order of the model's input.", rich_help_panel=FEEDING)
 ]
 Seed: TypeAlias = Annotated[
-    int | None, typer.Option(min=0, envvar="BACKDOORSCAN_SEED", help="Same input, same seed, same report. [default: 0]")
+    int | None,
+    typer.Option(
+        min=0,
+        envvar="BACKDOORSCAN_SEED",
+        help="Same input, same seed, same report. [default: 0]",
+        rich_help_panel=RUNNING,
+    ),
 ]
 Threads: TypeAlias = Annotated[
-    int, typer.Option(min=1, envvar="BACKDOORSCAN_THREADS", help="Threads; more than one only helps large networks.")
+    int,
+    typer.Option(
+        min=1,
+        envvar="BACKDOORSCAN_THREADS",
+        help="Threads; more than one only helps large networks.",
+        show_default=True,
+        rich_help_panel=RUNNING,
+    ),
 ]
 MethodOption: TypeAlias = Annotated[
     list[str] | None,
-    typer.Option("-O", "--option", metavar="ID.NAME=VALUE", help="Set an option of a method (see `plugins show ID`)."),
+    typer.Option(
+        "-O",
+        "--option",
+        metavar="ID.NAME=VALUE",
+        autocompletion=assignments,
+        help="Set an option of a method (see `plugins show ID`).",
+    ),
 ]
-Format: TypeAlias = Annotated[str, typer.Option("-f", "--format", help="table, json or html.")]
+Format: TypeAlias = Annotated[
+    list[str] | None,
+    typer.Option(
+        "-f",
+        "--format",
+        metavar="FORMAT[=FILE]",
+        autocompletion=ids("reporter"),
+        help="table, json, html, markdown, sarif, junit, cyclonedx; to stdout or a file; repeatable. [default: table]",
+        rich_help_panel=REPORT,
+    ),
+]
 Output: TypeAlias = Annotated[
-    Path | None, typer.Option("-o", "--output", metavar="FILE", help="Write the report there instead of to stdout.")
+    Path | None,
+    typer.Option(
+        "-o",
+        "--output",
+        metavar="FILE",
+        help="Write the report there instead of to stdout: of one format.",
+        rich_help_panel=REPORT,
+    ),
 ]
 
 
@@ -100,6 +156,7 @@ def read_options(
     std: str | None,
     layout: str | None,
     input_shape: str | None = None,
+    trust: bool = False,
 ) -> ReadOptions:
     """What the user said about the model file.
 
@@ -120,6 +177,7 @@ def read_options(
         std=() if std is None else _numbers("--std", std),
         layout=layout and layout.upper(),
         input_shape=None if input_shape is None else _shape(input_shape),
+        trust=trust,
     )
     _ = options.pinned  # complain about impossible values before any work
     return options

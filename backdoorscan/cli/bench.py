@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
 from backdoorscan.cli import _options as shared
-from backdoorscan.cli._console import Color, Terminal
+from backdoorscan.cli._console import Terminal
 
 if TYPE_CHECKING:
     from backdoorscan.bench.report import BenchReport
+    from backdoorscan.plugin import reporter
     from backdoorscan.plugin.attack import Attack
 
+FORMATS = ("table", "json", "html")
 ZOO = "The networks"
 JUDGED = "What is judged"
 
@@ -75,7 +76,7 @@ def bench(
     ] = True,
     jobs: Annotated[int, typer.Option(min=1, help="Processes, each on one thread.")] = 1,
     seed: shared.Seed = None,
-    format: shared.Format = "table",
+    format: shared.Format = None,
     output: shared.Output = None,
 ) -> None:
     """Train a zoo of small clean and backdoored networks and judge detectors and repairs on it.
@@ -95,9 +96,10 @@ def bench(
     from backdoorscan.registry import installed
 
     terminal: Terminal = context.obj
-    if format not in (formats := ("table", "json", "html")):
-        raise UnknownNameError("format of a bench", format, formats)
-    terminal.check_output(output)
+    for destination in terminal.destinations(format, output):
+        if destination.format not in FORMATS:
+            raise UnknownNameError("format of a bench", destination.format, FORMATS)
+        terminal.check_output(destination.file)
     settings = shared.method_options(option, {})
     attacks = _attacks(attack, settings)
     options = running.BenchOptions(
@@ -127,7 +129,10 @@ def bench(
         results = list(
             running.judge_zoo(entries, options, cache_dir, jobs=jobs, use_cache=use_cache, observer=observer)
         )
-    _emit(summarise(results, options, meter), format, output, terminal)
+    report = summarise(results, options, meter)
+    terminal.emit(report, format, output, render=partial(_rendered, report), width=120)
+    if terminal.shows_table(format, output):
+        terminal.say("next: the same with -f html -o bench.html draws what was kept")
 
 
 def _attacks(names: Sequence[str] | None, settings: Mapping[str, Mapping[str, Any]]) -> list[Attack]:
@@ -149,22 +154,15 @@ def _attacks(names: Sequence[str] | None, settings: Mapping[str, Mapping[str, An
     return attacks
 
 
-def _emit(report: BenchReport, format: str, output: Path | None, terminal: Terminal) -> None:
-    """Write the report to stdout or to a file."""
-    from backdoorscan import cache
+def _rendered(report: BenchReport, format: str, terminal: reporter.Terminal) -> str:
+    """The report as text."""
     from backdoorscan.bench import rendering
+    from backdoorscan.reports.json import Json
 
     if format == "json":
-        terminal.emit(report, "json", output)
-        return
-    to_stdout = output is None or str(output) == "-"
-    console = Console(file=sys.stdout)
-    welcome = terminal.color is Color.AUTO and console.is_terminal and not console.no_color
-    colored = to_stdout and (terminal.color is Color.ALWAYS or welcome)
-    width = console.width if to_stdout and console.is_terminal else 120
-    text = rendering.render_html(report) if format == "html" else rendering.render_table(report, width, colored)
-    if output is None or to_stdout:
-        sys.stdout.write(text)
-        return
-    cache.write(output, text.encode())
-    terminal.say(f"wrote {output}")
+        return Json().render(report, terminal)
+    return (
+        rendering.render_html(report)
+        if format == "html"
+        else rendering.render_table(report, terminal.width, terminal.color)
+    )

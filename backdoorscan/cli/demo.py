@@ -20,7 +20,8 @@ def demo(
 ) -> None:
     """Train a backdoored network and its clean twin, scan both, repair the bad one.
 
-    Needs the extra: pip install 'backdoorscan[demo]'.
+    Needs the extra: pip install 'backdoorscan[demo]'. It takes about a minute.
+    Example: backdoorscan demo demo
     """
     from backdoorscan import repairing, scanning
     from backdoorscan.demo import make_demo
@@ -44,7 +45,7 @@ def demo(
         terminal.say(f"$ backdoorscan scan {model} --valid {files.clean}")
         with terminal.watching() as observer:
             report = scanning.scan(model, files.clean, options=scanning.ScanOptions(seed=seed), observer=observer)
-        terminal.emit(report, "table", None)
+        terminal.emit(report, None, None)
         scans.append(report)
     drops = (2.0, 4.0, 10.0)
     written = folder / f"{files.model.stem}-repaired"
@@ -55,7 +56,8 @@ def demo(
     options = repairing.RepairOptions(settings={"drop": drops}, output=written, force=force, seed=seed)
     with terminal.watching() as observer:
         repaired = repairing.repair(files.model, files.clean, files.poisoned, options=options, observer=observer)
-    terminal.emit(repaired, "table", None)
+    terminal.emit(repaired, None, None)
+    terminal.say("next: backdoorscan scan YOUR_MODEL --valid YOUR_CLEAN_IMAGES")
     clean, bad = scans
     labels = [finding.target_label for run in bad.runs for finding in run.findings]
     if clean.verdict != "clean" or bad.verdict != "backdoored" or labels != [files.target]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from backdoorscan.cli import _options as shared
+from backdoorscan.cli._advice import after_evaluation
 from backdoorscan.cli._console import Terminal
 
 
@@ -15,6 +16,7 @@ def evaluate(
     poisoned: shared.Poisoned = None,
     target: shared.Target = None,
     arch: shared.Arch = None,
+    trust: shared.Trust = False,
     limit: shared.Limit = None,
     input_range: shared.InputRange = None,
     mean: shared.Mean = None,
@@ -22,7 +24,7 @@ def evaluate(
     layout: shared.Layout = None,
     seed: shared.Seed = None,
     threads: shared.Threads = 1,
-    format: shared.Format = "table",
+    format: shared.Format = None,
     output: shared.Output = None,
 ) -> None:
     """Measure clean accuracy and attack success of a network, a repaired network or a GoodNet.
@@ -31,12 +33,11 @@ def evaluate(
     """
     from backdoorscan import evaluating
     from backdoorscan.formats.images import load_images
-    from backdoorscan.registry import installed
+    from backdoorscan.measured import EvaluationReport
 
     terminal: Terminal = context.obj
-    installed().find("reporter", format)
-    terminal.check_output(output)
-    read = shared.read_options(arch, input_range, mean, std, layout)
+    terminal.check_formats(format, output, EvaluationReport)
+    read = shared.read_options(arch, input_range, mean, std, layout, trust=trust)
     seed = seed if seed is not None else shared.settings(terminal.config).seed or 0
     shared.use_threads(threads)
     with terminal.watching() as observer:
@@ -44,3 +45,6 @@ def evaluate(
         images = load_images(valid, limit=limit, seed=seed)
         report = evaluating.evaluate(model, images, poisoned, read, target=target, seed=seed)
     terminal.emit(report, format, output)
+    advice = after_evaluation(report, valid, poisoned)
+    if advice and terminal.shows_table(format, output):
+        terminal.say(advice)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import inspect
 import json
 import sys
+from collections.abc import Iterable, Iterator
+from importlib import metadata
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -13,7 +16,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-app = typer.Typer(help="List the installed methods and formats, or show one.", invoke_without_command=True)
+from backdoorscan import __version__
+from backdoorscan.cli._console import Terminal
+from backdoorscan.cli._scaffold import Kind, write_package
+
+app = typer.Typer(
+    help="List the installed methods and formats, show one, or begin one of your own.", invoke_without_command=True
+)
 
 
 @app.callback()
@@ -26,7 +35,10 @@ def plugins(
         return
     from backdoorscan.registry import installed
 
+    terminal: Terminal = context.obj
     found = installed().plugins
+    for line in _made_for_others({plugin.distribution for plugin in found}):
+        terminal.say(line)
     if as_json:
         names = ("id", "kind", "distribution", "version", "summary", "error")
         print(json.dumps([{name: getattr(plugin, name) for name in names} for plugin in found], indent=2))
@@ -40,6 +52,21 @@ def plugins(
         summary = Text(f"broken: {plugin.error}", style="red") if plugin.error else Text(plugin.summary)
         table.add_row(plugin.id, plugin.kind, plugin.distribution, plugin.version, summary)
     Console(highlight=False).print(table)
+
+
+def _made_for_others(distributions: Iterable[str]) -> Iterator[str]:
+    """A line on every distribution that asks for another version of backdoorscan than this one."""
+    from packaging.requirements import InvalidRequirement, Requirement
+
+    for name in sorted(distributions):
+        try:
+            asked = [Requirement(text) for text in metadata.requires(name) or ()]
+        except (metadata.PackageNotFoundError, InvalidRequirement):
+            continue
+        for requirement in asked:
+            ours, versions = requirement.name == "backdoorscan" and not requirement.marker, requirement.specifier
+            if ours and not versions.contains(__version__, prereleases=True):
+                yield f"{name} is made for backdoorscan{versions}; this is {__version__}. Look for another {name}."
 
 
 @app.command()
@@ -69,3 +96,23 @@ def show(
         width = max((len(spec.name) for spec in specs), default=0)
         for spec in specs:
             print(f"  {spec.name:{width}}  {spec.help} [{spec.type_name}, default {spec.default!r}]")
+
+
+@app.command()
+def new(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(help="What users will type, such as white-square.")],
+    kind: Annotated[Kind, typer.Option(help="What to write.")] = Kind.DETECTOR,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="DIR", help="Where to. [default: backdoorscan-NAME]")
+    ] = None,
+) -> None:
+    """Begin a plugin: write a package with one that works, and its test.
+
+    Example: backdoorscan plugins new white-square && cd backdoorscan-white-square && pip install -e . && pytest
+    """
+    terminal: Terminal = context.find_root().obj
+    files = write_package(name, kind, output)
+    for file in files:
+        print(file)
+    terminal.say(f"next: cd {files[0].parent} && pip install -e . && pytest")

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from backdoorscan.cli import _options as shared
+from backdoorscan.cli._advice import after_repair
+from backdoorscan.cli._completion import ids
 from backdoorscan.cli._console import Terminal
 from backdoorscan.errors import UsageError
 
@@ -25,18 +27,30 @@ def repair(
     model: shared.Model,
     valid: shared.Valid,
     method: Annotated[
-        str, typer.Option("-m", "--method", metavar="ID", help="Repair method; auto tries several and keeps the best.")
+        str,
+        typer.Option(
+            "-m",
+            "--method",
+            metavar="ID",
+            autocompletion=ids("repairer", ("auto", "Tries several and keeps the best.")),
+            help="Repair method; auto tries several and keeps the best.",
+            show_default=True,
+        ),
     ] = "prune",
     option: shared.MethodOption = None,
     drop: Annotated[
         list[float] | None,
-        typer.Option(help="Stop where the accuracy has dropped by X points; repeatable.", rich_help_panel=PRUNING),
+        typer.Option(
+            metavar="X", help="Stop where the accuracy has dropped by X points; repeatable.", rich_help_panel=PRUNING
+        ),
     ] = None,
     channels: Annotated[
         list[int] | None,
-        typer.Option(help="Remove this many channels instead; repeatable.", rich_help_panel=PRUNING),
+        typer.Option(metavar="N", help="Remove this many channels instead; repeatable.", rich_help_panel=PRUNING),
     ] = None,
-    layer: Annotated[str | None, typer.Option(help="The convolution to prune.", rich_help_panel=PRUNING)] = None,
+    layer: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The convolution to prune.", rich_help_panel=PRUNING)
+    ] = None,
     report: Annotated[
         Path | None, typer.Option(metavar="SCAN.json", help="A scan of this model: saves scanning again.")
     ] = None,
@@ -46,6 +60,9 @@ def repair(
     goodnet: Annotated[
         bool, typer.Option("--goodnet", help="Combine every repaired network with the original into a GoodNet.")
     ] = False,
+    goodnet_format: Annotated[
+        Literal["onnx", "pt2"], typer.Option("--goodnet-format", help="How GoodNets are written.")
+    ] = "onnx",
     max_drop: Annotated[
         float | None, typer.Option(min=0, max=100, help="Most points of clean accuracy to lose: else exit code 1.")
     ] = None,
@@ -65,6 +82,7 @@ def repair(
     ] = False,
     target: shared.Target = None,
     arch: shared.Arch = None,
+    trust: shared.Trust = False,
     limit: shared.Limit = None,
     input_range: shared.InputRange = None,
     mean: shared.Mean = None,
@@ -72,9 +90,15 @@ def repair(
     layout: shared.Layout = None,
     seed: shared.Seed = None,
     threads: shared.Threads = 1,
-    format: shared.Format = "table",
+    format: shared.Format = None,
     report_output: Annotated[
-        Path | None, typer.Option("--report-output", metavar="FILE", help="Write the report there, not to stdout.")
+        Path | None,
+        typer.Option(
+            "--report-output",
+            metavar="FILE",
+            help="Write the report there, not to stdout.",
+            rich_help_panel=shared.REPORT,
+        ),
     ] = None,
     output: Annotated[
         Path | None,
@@ -82,19 +106,20 @@ def repair(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace files in an existing folder.")] = False,
 ) -> None:
-    """Repair a model: write B′ in the model's own format, and GoodNets as ONNX.
+    """Repair a model: write B′ in the model's own format, and GoodNets as ONNX or .pt2.
 
     Example: backdoorscan repair model.h5 --valid clean.h5 --method prune --drop 4
+    Example: backdoorscan repair model.h5 --valid clean.h5 --method auto --report scan.json --max-drop 2
     """
     from backdoorscan import policy, repairing
     from backdoorscan.formats.images import load_images
+    from backdoorscan.measured import RepairReport
     from backdoorscan.registry import installed
 
     terminal: Terminal = context.obj
-    installed().find("reporter", format)
-    terminal.check_output(report_output)
+    terminal.check_formats(format, report_output, RepairReport)
     config = shared.settings(terminal.config)
-    read = shared.read_options(arch, input_range, mean, std, layout)
+    read = shared.read_options(arch, input_range, mean, std, layout, trust=trust)
     seed = seed if seed is not None else config.seed or 0
     settings = shared.method_options(option, {key: value for key, value in config.methods.items() if key == method})
     shortcuts: dict[str, Any] = {"drop": drop, "channels": channels, "layer": layer}
@@ -112,6 +137,7 @@ def repair(
         output=output,
         force=force,
         goodnet=goodnet,
+        goodnet_format=goodnet_format,
         max_drop=max_drop,
         rescan=rescan,
         learn_from_poisoned=learn_from_poisoned,
@@ -134,6 +160,8 @@ def repair(
             model, images, poisoned, read, options, findings=findings, test=test, observer=observer
         )
     terminal.emit(result, format, report_output)
+    if terminal.shows_table(format, report_output):
+        terminal.say(after_repair(result, valid))
     raise typer.Exit(policy.repair_exit_code(result))
 
 
@@ -143,14 +171,14 @@ def _reported(path: Path, model: Path) -> Sequence[Finding]:
     Raises:
         UsageError: It is not a scan report, or one of another file.
     """
-    from backdoorscan.artifact import Artifact
+    from backdoorscan.formats.loading import read_artifact
     from backdoorscan.report import ScanReport
 
     try:
         report = ScanReport.from_json(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise UsageError(f"Cannot read the report {path}.", why=str(error)) from error
-    digest = Artifact.read(model).sha256
+    digest = read_artifact(model).sha256
     for run in report.runs:
         if run.model.get("sha256") == digest:
             return run.findings

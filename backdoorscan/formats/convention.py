@@ -53,9 +53,14 @@ class Trial:
     loss: float
 
 
-def candidates(channels: int, pinned: InputConvention | None) -> list[InputConvention]:
-    """The conventions to try; only the pinned one if the user pinned it."""
-    return [pinned] if pinned else [*_PLAIN, *_NORMALISED.get(channels, ())]
+def candidates(
+    channels: int, pinned: InputConvention | None, described: InputConvention | None = None
+) -> list[InputConvention]:
+    """The conventions to try, first the one that the file describes; only the pinned one if the user pinned it."""
+    if pinned:
+        return [pinned]
+    usual = [*_PLAIN, *_NORMALISED.get(channels, ())]
+    return [described, *(convention for convention in usual if convention != described)] if described else usual
 
 
 def find(
@@ -64,6 +69,7 @@ def find(
     tried: Sequence[InputConvention],
     num_classes: int,
     seed: int,
+    described: InputConvention | None = None,
 ) -> tuple[Trial, list[Trial]]:
     """Choose the convention under which the network is right most often.
 
@@ -73,6 +79,7 @@ def find(
         tried: Conventions; a single one counts as pinned and is not questioned.
         num_classes: K.
         seed: Chooses the sample of the images.
+        described: The one of them that the file describes: taken unless another does clearly better.
 
     Returns:
         The choice and all trials.
@@ -91,7 +98,7 @@ def find(
             trials.append(Trial(convention, accuracy, loss if np.isfinite(loss) else float("inf")))
     if len(trials) == 1:
         return trials[0], trials
-    chosen = _choose(trials, len(sample), num_classes)
+    chosen = _choose(trials, len(sample), num_classes, described)
     hits = round(chosen.accuracy * len(sample))
     if stats.binom.sf(hits - 1, len(sample), 1 / num_classes) > _CHANCE_LEVEL:
         figures = ", ".join(f"{describe(t.convention)} {t.accuracy:.0%}" for t in trials)
@@ -108,8 +115,8 @@ def describe(convention: InputConvention) -> str:
     return str(replace(convention, layout="")).strip()
 
 
-def _choose(trials: Sequence[Trial], count: int, num_classes: int) -> Trial:
-    """The best trial; among those that chance alone can tell apart, the plainest.
+def _choose(trials: Sequence[Trial], count: int, num_classes: int, described: InputConvention | None) -> Trial:
+    """The best trial; among those that chance alone can tell apart, the described one, or else the plainest.
 
     A network fed too faintly is unsure, fed too strongly only surer of itself. So among equals the loss cannot
     simply decide: the first one in order of scale that is sure enough is taken.
@@ -117,6 +124,9 @@ def _choose(trials: Sequence[Trial], count: int, num_classes: int) -> Trial:
     best = max(trial.accuracy for trial in trials)
     noise = 2 * np.sqrt(max(best * (1 - best), 1 / count) / count)
     tied = [trial for trial in trials if trial.accuracy >= best - noise]
+    said = [trial for trial in tied if trial.convention == described]
+    if said:
+        return said[0]
     plain = [trial for trial in tied if not trial.convention.mean]
     pool = plain or tied
     sure = [trial for trial in pool if trial.loss <= 0.25 * np.log(num_classes)]

@@ -1,31 +1,39 @@
-"""GoodNets as files: one ONNX graph that takes the original network's input and returns N+1 scores and the class."""
+"""GoodNets as files: an ONNX graph or an exported program (.pt2).
+
+Either takes the original network's input and returns N+1 scores and the class.
+"""
 
 from __future__ import annotations
 
 import json
-import logging
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import TypeAlias
 
-import onnx
-import onnxruntime
 import torch
-from google.protobuf.message import Message
 from torch import Tensor, nn
 
 from backdoorscan.artifact import Artifact
 from backdoorscan.classifier import Classifier, InputConvention
 from backdoorscan.errors import ArtifactError, MethodError, UnsafeModelError
-from backdoorscan.files import whole_file
+from backdoorscan.files import write_whole
+from backdoorscan.formats.onnx import reference
+from backdoorscan.formats.onnx.export import export as export_onnx
+from backdoorscan.formats.onnx.export import run_with_onnxruntime
+from backdoorscan.formats.onnx.parse import companions, parse
+from backdoorscan.formats.onnx.plain import GOODNET, ParsedOnnx
+from backdoorscan.formats.onnx.verify import part_of
+from backdoorscan.formats.pt2.export import export as export_pt2
+from backdoorscan.formats.pt2.parse import extra, is_pt2
+from backdoorscan.formats.pt2.reading import read
+from backdoorscan.formats.sandbox import run_apart
 from backdoorscan.goodnet import GoodNet, RejectingNet
 
-_KEY = "backdoorscan.goodnet"
-"""The metadata entry by which a GoodNet file is known; its value describes the input."""
-
 _TOLERANCE = 1e-4
+
+_Run: TypeAlias = Callable[[Tensor], Tensor]
+"""Scores (N, K+1) of inputs as the file takes them."""
 
 
 class _FromFile(nn.Module):
@@ -49,65 +57,46 @@ def is_channels_last(classifier: Classifier) -> bool:
 
 
 def write_goodnet(goodnet: GoodNet | RejectingNet, path: Path) -> None:
-    """Write a GoodNet as ONNX with a dynamic batch, and check the file in onnxruntime.
+    """Write a GoodNet with a dynamic batch, and check that the file computes what the network does.
 
     The file is written under a temporary name and renamed, so it is whole or not there.
 
+    Args:
+        goodnet: The network.
+        path: The new file: an exported program if its name ends in ``.pt2``, else ONNX.
+
     Raises:
+        UnsupportedModelError: The network cannot be exported.
         MethodError: The file's answers differ from the network's.
+        OutputError: The file cannot be written.
     """
     module = _FromFile(goodnet).eval()
     classifier = goodnet.classifier
     generator = torch.Generator().manual_seed(0)
     pixels = torch.rand(3, *classifier.input_shape, generator=generator)
     inputs = file_input(classifier.convention, classifier.native_shape, pixels)
-    with _quiet(), torch.no_grad():
-        program = torch.onnx.export(
-            module,
-            (inputs,),
-            dynamo=True,
-            input_names=["input"],
-            output_names=["scores", "class"],
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
-            verbose=False,
-        )
-        expected = module(inputs)[0]
-    if program is None:
-        raise MethodError("The GoodNet could not be exported to ONNX.")
-    model = program.model_proto
-    _forget_origin(model)
-    description = {
+    facts = {
         "num_classes": goodnet.num_classes,
         "input_shape": classifier.input_shape,
         "native_shape": classifier.native_shape,
         "convention": asdict(classifier.convention),
     }
-    model.metadata_props.add(key=_KEY, value=json.dumps(description))
-    data = model.SerializeToString()
-    scores = _session(data).run(["scores"], {"input": inputs.numpy()})[0]
-    difference = float((torch.from_numpy(scores) - expected).abs().max())
+    description = json.dumps(facts)
+    if path.suffix == ".pt2":
+        data = export_pt2(module, inputs, {GOODNET: description})
+        run = _program(Artifact(path, data, ""))
+    else:
+        data = export_onnx(module, inputs, ["class"], {GOODNET: description})
+        run = run_with_onnxruntime(data)
+    with torch.no_grad():
+        difference = float((run(inputs) - module(inputs)[0]).abs().max())
     if not difference <= _TOLERANCE:
         raise MethodError(
-            "The GoodNet's ONNX file does not compute what the network computes.",
+            f"The GoodNet's {path.suffix} file does not compute what the network computes.",
             why=f"The largest difference is {difference:.3g}.",
             hint="Please report this with the model's architecture.",
         )
-    with whole_file(path) as place:
-        place.write_bytes(data)
-
-
-def _forget_origin(message: Message) -> None:
-    """Remove what the exporter notes in passing.
-
-    It is where in the sources each node comes from, with paths of this machine and a running number: nobody's business,
-    and different in every run.
-    """
-    for field, value in message.ListFields():
-        if field.name == "metadata_props":
-            message.ClearField(field.name)
-        elif field.type == field.TYPE_MESSAGE:
-            for part in value if field.is_repeated else (value,):
-                _forget_origin(part)
+    write_whole(path, data, hint="Check the folder and the free space.")
 
 
 def file_input(convention: InputConvention, native_shape: tuple[int, ...], pixels: Tensor) -> Tensor:
@@ -131,19 +120,20 @@ class GoodNetFile(nn.Module):
 
     def __init__(self, artifact: Artifact) -> None:
         super().__init__()
-        model = _parse(artifact)
-        if any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in _tensors(model)):
-            raise UnsafeModelError(f"{artifact.path} refers to tensors in other files.", hint="Export it anew.")
+        description, open_file = _opened(artifact)
         try:
-            facts = json.loads(_description(model) or "")
+            facts = json.loads(description or "")
             self.num_classes = int(facts["num_classes"])
             self.input_shape: tuple[int, int, int] = tuple(facts["input_shape"])
             self.native_shape: tuple[int, ...] = tuple(facts["native_shape"])
             self.convention = InputConvention.from_json(facts["convention"])
-            self._run = _session(artifact.data)
+            self.format = "goodnet-pt2" if is_pt2(artifact.data) else "goodnet-onnx"
+            self._run = open_file()
             shape = tuple(self(torch.zeros(2, *self.input_shape)).shape)
             if shape != (2, self.num_classes + 1):
                 raise ValueError(f"it gives scores of shape {shape} for two images")
+        except UnsafeModelError:
+            raise
         except Exception as error:
             raise ArtifactError(
                 f"{artifact.path} is not a usable GoodNet.", why=f"{type(error).__name__}: {error}"
@@ -151,55 +141,43 @@ class GoodNetFile(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Scores (N, K+1) of images (N, C, H, W) in [0, 1]."""
-        inputs = file_input(self.convention, self.native_shape, pixels)
-        return torch.from_numpy(self._run.run(["scores"], {"input": inputs.numpy()})[0])
+        with torch.no_grad():
+            return self._run(file_input(self.convention, self.native_shape, pixels))
 
 
 def is_goodnet(artifact: Artifact) -> bool:
     """Whether the file is a GoodNet that this program wrote."""
-    return _KEY.encode() in artifact.data and _description(_parse(artifact)) is not None
+    return GOODNET.encode() in artifact.data and _opened(artifact)[0] is not None
 
 
-def _parse(artifact: Artifact) -> onnx.ModelProto:
-    try:
-        return onnx.load_model_from_string(artifact.data)
-    except Exception as error:
-        raise ArtifactError(f"{artifact.path} is not a readable ONNX file.", why=str(error)) from error
+def _opened(artifact: Artifact) -> tuple[str | None, Callable[[], _Run]]:
+    """What a file says of its input, if it is a GoodNet, and a way to run it.
+
+    Raises:
+        ArtifactError: It is broken.
+        UnsafeModelError: It is made to mislead, or refers to other files.
+    """
+    if is_pt2(artifact.data):
+        return extra(artifact.data, GOODNET), lambda: _program(artifact)
+    name = str(artifact.path)
+    if run_apart(companions, artifact.data, name, name=name):
+        raise UnsafeModelError(f"{artifact.path} refers to tensors in other files.", hint="Export it anew.")
+    parsed = run_apart(parse, artifact.data, {}, name, name=name)
+    return parsed.metadata.get(GOODNET), lambda: _graph(artifact, parsed)
 
 
-def _tensors(message: Message) -> Iterator[onnx.TensorProto]:
-    """All tensors in a message, wherever they hide: initialisers, attributes, subgraphs."""
-    if isinstance(message, onnx.TensorProto):
-        yield message
-        return
-    for field, value in message.ListFields():
-        if field.type == field.TYPE_MESSAGE:
-            for part in value if field.is_repeated else (value,):
-                yield from _tensors(part)
+def _program(artifact: Artifact) -> _Run:
+    """An exported program, read as data."""
+    built = read(artifact).built
+    return lambda inputs: built.network(inputs.permute(0, 3, 1, 2) if built.layout == "NHWC" else inputs)
 
 
-def _description(model: onnx.ModelProto) -> str | None:
-    return next((entry.value for entry in model.metadata_props if entry.key == _KEY), None)
+def _graph(artifact: Artifact, parsed: ParsedOnnx) -> _Run:
+    """An ONNX graph, run by onnxruntime in the sandbox."""
+    part, name = part_of(parsed), str(artifact.path)
 
+    def run(inputs: Tensor) -> Tensor:
+        ((scores,),) = run_apart(reference.run, artifact.data, {}, *part, [parsed.output], [inputs.numpy()], name=name)
+        return torch.from_numpy(scores)
 
-def _session(data: bytes) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 3
-    return onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the exporter's advice to its own developers from users."""
-    loggers = [logging.getLogger(name) for name in ("onnxscript", "onnx_ir", "torch.onnx")]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
+    return run

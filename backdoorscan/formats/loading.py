@@ -14,8 +14,19 @@ from torch import Tensor, fx
 from backdoorscan import graph
 from backdoorscan.artifact import Artifact
 from backdoorscan.classifier import Classifier, InputConvention, to_tensor
-from backdoorscan.errors import ArtifactError, ConventionError, ImagesError, UnsupportedModelError, UsageError
+from backdoorscan.errors import (
+    ArtifactError,
+    BackdoorscanError,
+    ConventionError,
+    ImagesError,
+    UnsafeModelError,
+    UnsupportedModelError,
+    UsageError,
+)
 from backdoorscan.formats import convention as conventions
+from backdoorscan.formats.trusted.converting import OFFER, Known, converter_of
+from backdoorscan.formats.trusted.loader import Converted
+from backdoorscan.formats.weights.loader import WeightsLoader
 from backdoorscan.images import LabelledImages
 from backdoorscan.plugin.loader import LoadedNetwork, Loader
 from backdoorscan.registry import Registry, installed
@@ -32,6 +43,7 @@ class ReadOptions:
         std: ``--std``: per channel, after scaling.
         layout: ``--layout``: NCHW or NHWC.
         input_shape: ``--input-shape``: (C, H, W) of an image, where there are no images to tell and the file does not.
+        trust: ``--trust``: whether what cannot be read as data is converted in a sandbox, where it runs code.
     """
 
     arch: str | None = None
@@ -40,6 +52,7 @@ class ReadOptions:
     std: tuple[float, ...] = ()
     layout: str | None = None
     input_shape: tuple[int, int, int] | None = None
+    trust: bool = False
 
     @property
     def pinned(self) -> InputConvention | None:
@@ -75,6 +88,11 @@ class LoadedModel:
     options: ReadOptions
 
     @property
+    def suffix(self) -> str:
+        """What the name of a repaired copy ends in, with the dot."""
+        return self.loader.written if isinstance(self.loader, Converted) else self.artifact.path.suffix
+
+    @property
     def facts(self) -> dict[str, Any]:
         """The model's part of a report."""
         classifier = self.classifier
@@ -94,23 +112,50 @@ class LoadedModel:
         }
 
 
+def read_artifact(path: str | Path, registry: Registry | None = None) -> Artifact:
+    """Read a model file with the files beside it that belong to it, or a folder that is a model.
+
+    Args:
+        path: The file or folder.
+        registry: Where loaders are found.
+
+    Raises:
+        UnsafeModelError: The file refers to others outside its folder, or there are links.
+        ArtifactError: Something is missing or unreadable.
+    """
+    artifact = Artifact.read(path)
+    if not artifact.data:
+        return artifact
+    loader = next((loader for loader in _loaders(registry or installed()) if loader.accepts(artifact)), None)
+    return artifact.with_companions(loader.companions(artifact) if loader else ())
+
+
+def _loaders(registry: Registry) -> list[Loader]:
+    components = [plugin.component() for plugin in registry.of_kind("loader") if plugin.component]
+    return [loader for loader in components if isinstance(loader, Loader)]
+
+
 def find_loader(artifact: Artifact, registry: Registry) -> Loader:
     """The loader that knows the file's format by its content.
 
     Raises:
         ArtifactError: None does.
     """
-    loaders = [plugin.component() for plugin in registry.of_kind("loader") if plugin.component]
+    loaders = _loaders(registry)
     for loader in loaders:
-        if isinstance(loader, Loader) and loader.accepts(artifact):
+        if loader.accepts(artifact):
             return loader
     broken = [plugin.id for plugin in registry.plugins if plugin.error]
+    plugins = f"Some plugins are broken ({', '.join(broken)}): see `backdoorscan plugins`." if broken else ""
+    if not artifact.data:
+        raise ArtifactError(
+            f"{artifact.path} is a folder, and no model of a known format.",
+            hint=plugins or "Give a model file, or a Hugging Face folder with config.json and model.safetensors.",
+        )
     raise ArtifactError(
         f"{artifact.path} is not a model file of a known format.",
-        why=f"Its content is none of: {', '.join(loader.id for loader in loaders if isinstance(loader, Loader))}.",
-        hint=f"Some plugins are broken ({', '.join(broken)}): see `backdoorscan plugins`."
-        if broken
-        else "Check that the download is complete; the name's ending does not matter.",
+        why=f"Its content is none of: {', '.join(loader.id for loader in loaders)}.",
+        hint=plugins or "Check that the download is complete; the name's ending does not matter.",
     )
 
 
@@ -139,19 +184,14 @@ def load_model(
     """
     options = options or ReadOptions()
     pinned = options.pinned
-    artifact = path if isinstance(path, Artifact) else Artifact.read(path)
-    loader = find_loader(artifact, registry or installed())
-    try:
-        loaded = loader.load(artifact, options.arch)
-    except ArtifactError as error:
-        if str(artifact.path) not in error.what:
-            error.what = f"{artifact.path}: {error.what}"
-        raise
+    registry = registry or installed()
+    artifact = path if isinstance(path, Artifact) else read_artifact(path, registry)
+    loader, loaded = read_network(artifact, images, options, registry)
     network = loaded.network
     activation = graph.strip_final_activation(network) if isinstance(network, fx.GraphModule) else None
     if images is not None and options.input_shape is not None:
         raise UsageError("--input-shape is of use only without images.", hint="Leave it out.")
-    given, images = images, images or _stand_in(artifact, loaded, options.input_shape)
+    given, images = images, images or _stand_in(artifact, loaded, options.input_shape or loaded.usual_shape)
     layout = _fit(artifact, loaded, images, options.layout)
     native_shape = _native_shape(loaded, images)
     channels = images.shape[0]
@@ -180,12 +220,15 @@ def load_model(
         classifier.convention = replace(tried, layout=layout)
         return classifier.forward(pixels)
 
-    convention = pinned or InputConvention()
+    described = loaded.convention
+    if described is not None and len(described.mean) not in (1, channels):
+        described = None  # of images in another number of channels
+    convention = pinned or described or InputConvention()
     trials: list[conventions.Trial] = []
     if given is not None:
-        tried = conventions.candidates(channels, pinned)
+        tried = conventions.candidates(channels, pinned, described)
         try:
-            chosen, trials = conventions.find(logits, given, tried, classifier.num_classes, seed)
+            chosen, trials = conventions.find(logits, given, tried, classifier.num_classes, seed, described)
         except ConventionError as error:
             error.what = f"{artifact.path}: {error.what}"
             raise
@@ -197,9 +240,41 @@ def load_model(
         "input_range_found": pinned is None and given is not None,
         "input_ranges_tried": {conventions.describe(t.convention): round(t.accuracy, 4) for t in trials},
     }
-    if given is None and pinned is None:
+    if given is None and pinned is None and described is None:
         classifier.details["input_range_assumed"] = True
     return LoadedModel(artifact, loader, classifier, options)
+
+
+def read_network(
+    artifact: Artifact, images: LabelledImages | None, options: ReadOptions, registry: Registry
+) -> tuple[Loader, LoadedNetwork]:
+    """The file's network, and what read it: as data, or where the user trusts the file, what it was converted to."""
+    loader = find_loader(artifact, registry)
+    try:
+        return loader, loader.load(artifact, options.arch)
+    except ArtifactError as error:
+        _name(artifact, error)
+        converter = converter_of(artifact) if isinstance(error, UnsafeModelError | UnsupportedModelError) else None
+        if converter is None:
+            raise
+        if not options.trust:
+            error.hint = f"{error.hint} {OFFER}".lstrip()
+            raise
+    try:
+        shape = options.input_shape if images is None else images.shape
+        made = converter(artifact, Known(options.arch, shape, options.layout))
+        reader = find_loader(made, registry)
+        converted = Converted(reader, made)
+        loaded = converted.load(artifact, options.arch if isinstance(reader, WeightsLoader) else None)
+    except BackdoorscanError as error:
+        _name(artifact, error)
+        raise
+    return converted, replace(loaded, details={**loaded.details, **converter.facts(), "converted_to": reader.id})
+
+
+def _name(artifact: Artifact, error: BackdoorscanError) -> None:
+    if str(artifact.path) not in error.what:
+        error.what = f"{artifact.path}: {error.what}"
 
 
 def _stand_in(artifact: Artifact, loaded: LoadedNetwork, wanted: tuple[int, int, int] | None) -> LabelledImages:

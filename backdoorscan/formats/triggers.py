@@ -13,13 +13,13 @@ import numpy.typing as npt
 import torch
 
 from backdoorscan.classifier import Classifier, logits, to_tensor
-from backdoorscan.errors import ImagesError, OutputError
+from backdoorscan.errors import ArtifactError, ImagesError, OutputError
 from backdoorscan.files import write_whole
 from backdoorscan.findings import Finding
 from backdoorscan.formats.images import load_images
-from backdoorscan.formats.images.hdf5 import is_hdf5, safe_datasets
-from backdoorscan.formats.images.npz import is_zip
-from backdoorscan.formats.images.reading import accessing, parsing, read_file
+from backdoorscan.formats.images.named import read_named
+from backdoorscan.formats.images.reading import accessing, read_file
+from backdoorscan.formats.sandbox import run_apart
 from backdoorscan.images import LabelledImages
 from backdoorscan.trigger import Trigger
 
@@ -103,14 +103,10 @@ def _read(path: Path) -> tuple[_Array, _Array, _Array]:
     source = str(path)
     with accessing(source):
         content = read_file(path, source)
-    arrays: dict[str, Any] = {}
-    with parsing(source, "a file of triggers"):
-        if is_zip(content):
-            with np.load(io.BytesIO(content), allow_pickle=False) as archive:
-                arrays = {name: archive[name] for name in _NAMES if name in archive}
-        elif is_hdf5(content):
-            with h5py.File(io.BytesIO(content), "r") as file:
-                arrays = {name: data[()] for name, data in safe_datasets(file, source).items() if name in _NAMES}
+    try:
+        arrays = run_apart(read_named, content, source, _NAMES, name=source)
+    except ArtifactError as error:
+        raise ImagesError(error.what, why=error.why, hint="Save the triggers again, as .npz.") from error
     if len(arrays) == len(_NAMES):
         masks, patterns = (np.clip(arrays[name], 0, 1).astype(np.float32) for name in ("mask", "pattern"))
         if masks.ndim == patterns.ndim == 4 and len(masks) == len(patterns) == len(arrays["label"]):

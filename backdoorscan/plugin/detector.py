@@ -35,6 +35,8 @@ class Detector(Method, ABC):
         blind_spots: What it cannot see; reports say so unless another detector that ran covers it.
         covers: Blind spots of other detectors that it does see.
         confirms: Ids of detectors whose suspicions it examines again: where it has an answer, theirs does not count.
+        share: Its part of the budget of false alarms, beside those of the others that have an answer. Detectors of
+            special kinds, or with p-values that leave no doubt, need little.
     """
 
     needs_images: ClassVar[bool] = True
@@ -43,6 +45,7 @@ class Detector(Method, ABC):
     blind_spots: ClassVar[Sequence[str]] = ()
     covers: ClassVar[Sequence[str]] = ()
     confirms: ClassVar[Sequence[str]] = ()
+    share: ClassVar[float] = 1.0
 
     def units(self, classifier: Classifier, context: Context) -> Sequence[Unit]:
         """The pieces of work; one, unless the method says otherwise."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeAlias
@@ -11,6 +11,8 @@ from typing import Any, ClassVar, Literal, TypeAlias
 from torch import Tensor, nn
 
 from backdoorscan.artifact import Artifact
+from backdoorscan.classifier import InputConvention
+from backdoorscan.errors import UnsupportedModelError
 
 Layout: TypeAlias = Literal["NCHW", "NHWC"]
 
@@ -29,6 +31,8 @@ class LoadedNetwork:
         layout: How the file's own input orders the axes; ``network`` always takes channels first.
         num_classes: K, or ``None`` where only a run can tell.
         details: Facts for the report and for ``write``, e.g. the framework's version.
+        convention: How the file says that images are fed, where it says so. It is only tried first.
+        usual_shape: (C, H, W) of the images that the file says it was trained on, where it takes others too.
     """
 
     network: nn.Module
@@ -36,6 +40,8 @@ class LoadedNetwork:
     layout: Layout
     num_classes: int | None = None
     details: Mapping[str, Any] = field(default_factory=dict)
+    convention: InputConvention | None = None
+    usual_shape: tuple[int, int, int] | None = None
 
 
 class Loader(ABC):
@@ -54,6 +60,17 @@ class Loader(ABC):
     @abstractmethod
     def accepts(self, artifact: Artifact) -> bool:
         """Whether the content (never the name) is of this format."""
+
+    def companions(self, artifact: Artifact) -> Sequence[str]:
+        """Files that belong to the artifact, by name relative to its folder, with ``/``: none unless overridden.
+
+        They are read before ``load``, which finds them in ``artifact.parts``; a name that leads out of the folder or
+        to a link is refused there, so it is handed on as the file gives it.
+
+        Raises:
+            ArtifactError: The file is broken.
+        """
+        return ()
 
     @abstractmethod
     def load(self, artifact: Artifact, arch: str | None) -> LoadedNetwork:
@@ -81,3 +98,27 @@ class Loader(ABC):
         Raises:
             ArtifactError: The format cannot hold a changed tensor.
         """
+
+    def write_extended(
+        self, artifact: Artifact, weights: Mapping[str, Tensor], path: Path, arch: str | None = None
+    ) -> None:
+        """Write a copy of the artifact whose head has one class more, for networks that learned to reject.
+
+        A format need not be able to.
+
+        Args:
+            artifact: The original file.
+            weights: All tensors by their name in the network that ``load`` returned; weight and bias of the head
+                have one row more.
+            path: The new file; it is whole or not there.
+            arch: The user's ``--arch`` that the network was loaded with.
+
+        Raises:
+            UnsupportedModelError: The format, or this network in it, cannot be given one class more.
+            ArtifactError: The format cannot hold a changed tensor.
+        """
+        raise UnsupportedModelError(
+            f"{artifact.path} cannot be written with one class more.",
+            why=f"For the format {self.id} that is not possible.",
+            hint="Use the GoodNet in ONNX, or a repair that keeps the classes, such as unlearn.",
+        )

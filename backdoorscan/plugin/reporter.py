@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -28,10 +29,12 @@ class Reporter(ABC):
     Attributes:
         id: The name users type after ``-f``.
         summary: One line for ``backdoorscan plugins``.
+        refuses: Kinds of report it has no place for.
     """
 
     id: ClassVar[str]
     summary: ClassVar[str]
+    refuses: ClassVar[Sequence[type[Report]]] = ()
 
     @abstractmethod
     def render(self, report: Report, terminal: Terminal) -> str:

@@ -53,28 +53,28 @@ def label_rows(run: DetectorRun, findings: Sequence[Finding]) -> list[LabelRow]:
     """The labels a detector found triggers for, smallest first; empty for detectors that work otherwise."""
     # A finding may be another detector's that confirmed this one's suspicion.
     flagged = {finding.target_label for finding in findings if finding.source_label is None}
-    indices = _mapping(run.evidence.get("anomaly_index"))
+    indices = mapped(run.evidence.get("anomaly_index"))
     rows = [_label_row(row, flagged, indices) for row in _raw_rows(run)]
     return sorted(rows, key=lambda row: (not row.succeeded, row.l1, row.label))
 
 
 def _raw_rows(run: DetectorRun) -> list[Mapping[str, Any]]:
     units = run.evidence.get("units")
-    rows = [row for unit in _list(units) for row in _list(_mapping(unit).get("labels"))]
+    rows = [row for unit in listed(units) for row in listed(mapped(unit).get("labels"))]
     # Of a race in rounds, what each label's last round said.
     return list({row["label"]: row for row in rows if _is_label_row(row)}.values())
 
 
 def _is_label_row(row: object) -> bool:
-    row = _mapping(row)
+    row = mapped(row)
     label = row.get("label")
     named = isinstance(label, int) and not isinstance(label, bool)
     return named and "source" not in row and finite(row.get("l1")) is not None
 
 
 def _label_row(row: Mapping[str, Any], flagged: set[int], indices: Mapping[Any, Any]) -> LabelRow:
-    curves = _mapping(row.get("curves"))
-    shares = {int(k): finite(v) for k, v in _mapping(row.get("predictions")).items() if str(k).isdecimal()}
+    curves = mapped(row.get("curves"))
+    shares = {int(k): finite(v) for k, v in mapped(row.get("predictions")).items() if str(k).isdecimal()}
     steps = row.get("steps")
     return LabelRow(
         label=row["label"],
@@ -98,7 +98,7 @@ def shown_rows(rows: Sequence[LabelRow]) -> list[LabelRow]:
 
 def examined(run: DetectorRun) -> list[int]:
     """Every label that the evidence names."""
-    rows = [_mapping(row) for unit in _list(run.evidence.get("units")) for row in _list(_mapping(unit).get("labels"))]
+    rows = [mapped(row) for unit in listed(run.evidence.get("units")) for row in listed(mapped(unit).get("labels"))]
     return [row["label"] for row in rows if isinstance(row.get("label"), int)]
 
 
@@ -148,7 +148,7 @@ class Generic:
             cells = [[plain(row.get(key), 60) for key in scalar[:10]] for row in rows[:SHOWN]]
             self.listings.append(Listing(name, [plain(key, 40) for key in scalar[:10]], cells, len(rows)))
         for key in [key for key in keys if key not in scalar][:SHOWN]:
-            inner = [item for row in rows for item in _list(row.get(key))]
+            inner = [item for row in rows for item in listed(row.get(key))]
             if inner and depth < _DEEPEST and all(isinstance(item, Mapping) for item in inner):
                 self._add_rows(f"{name}.{key}", inner, depth + 1)
 
@@ -176,7 +176,7 @@ def finite(value: object) -> float | None:
 
 
 def _curve(values: object) -> list[float]:
-    return [number for number in map(finite, _list(values)) if number is not None]
+    return [number for number in map(finite, listed(values)) if number is not None]
 
 
 def _text(value: object) -> str:
@@ -192,9 +192,11 @@ def _is_scalar(value: object) -> bool:
     return not isinstance(value, Mapping | list | tuple)
 
 
-def _mapping(value: object) -> Mapping[Any, Any]:
+def mapped(value: object) -> Mapping[Any, Any]:
+    """``value`` as a mapping, an empty one where it is none."""
     return value if isinstance(value, Mapping) else {}
 
 
-def _list(value: object) -> Sequence[Any]:
+def listed(value: object) -> Sequence[Any]:
+    """``value`` as a list, an empty one where it is none."""
     return value if isinstance(value, list | tuple) else ()

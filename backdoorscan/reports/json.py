@@ -6,6 +6,7 @@ import json
 
 from backdoorscan.plugin.reporter import Reporter, Terminal
 from backdoorscan.report import Report
+from backdoorscan.reports.words import finite_json
 
 
 class Json(Reporter):
@@ -16,15 +17,4 @@ class Json(Reporter):
 
     def render(self, report: Report, terminal: Terminal) -> str:
         """The report as JSON; figures that are not finite are ``null``."""
-        return json.dumps(_finite(report.to_json()), indent=2, allow_nan=False) + "\n"
-
-
-def _finite(value: object) -> object:
-    """``value`` without NaN and infinities, which JSON does not have."""
-    if isinstance(value, dict):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    if isinstance(value, float) and not abs(value) < float("inf"):
-        return None
-    return value
+        return json.dumps(finite_json(report.to_json()), indent=2, allow_nan=False) + "\n"

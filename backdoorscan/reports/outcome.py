@@ -36,7 +36,9 @@ class Outcome:
 def outcome(report: RepairReport) -> Outcome:
     """What a repair came to."""
     safe = [row for row in report.candidates if is_repaired(row)]
-    measure = _measure(report.before)
+    measure = measure_of(report.before)
+    if not report.candidates:
+        return Outcome("bad", "No network was written", ["The method had nothing to offer."], None, measure)
     if not measure and safe:
         text = "No poisoned images were given: the table shows what the repair costs, not what it gains."
         return Outcome("warn", "Repaired, attack not measured", [text], None, "")
@@ -45,13 +47,16 @@ def outcome(report: RepairReport) -> Outcome:
     if measure == REVERSED:
         lines.append("No poisoned images were given: what the true trigger does now was not measured.")
     if not safe:
-        return Outcome("bad", _failure(best, measure), [*lines, "None of the networks written passes."], best, measure)
+        return Outcome(
+            "bad", shortcoming(best, measure), [*lines, "None of the networks written passes."], best, measure
+        )
     titles = {TRUE: "The attack is broken", REVERSED: "The reversed triggers no longer work"}
     lines.append(f"A network counts as repaired up to {REPAIRED:.0%} {measure}.")
     return Outcome("good", titles[measure], lines, best, measure)
 
 
-def _measure(before: Scores) -> str:
+def measure_of(before: Scores) -> str:
+    """Which success was measured: ``TRUE``, ``REVERSED``, or empty."""
     if before.attack_success_rate is not None:
         return TRUE
     return "" if before.reversed_success_rate is None else REVERSED
@@ -63,22 +68,43 @@ def success(scores: Scores) -> float | None:
 
 
 def _compared(before: Scores, row: CandidateRow, measure: str) -> str:
+    return f"{network_name(row)} does best: {_rates(before, row, measure)}."
+
+
+def _rates(before: Scores, row: CandidateRow, measure: str) -> str:
     attack = ""
     if measure:
         attack = f"{measure} {percent(success(before))} before, {percent(success(row.scores))} after; "
     return (
-        f"{network_name(row)} does best: {attack}clean accuracy {percent(before.clean_accuracy)} before, "
-        f"{percent(row.scores.clean_accuracy)} after ({points(row.scores.clean_accuracy - before.clean_accuracy)})."
+        f"{attack}clean accuracy {percent(before.clean_accuracy)} before, "
+        f"{percent(row.scores.clean_accuracy)} after ({points(row.scores.clean_accuracy - before.clean_accuracy)})"
     )
 
 
-def _failure(best: CandidateRow, measure: str) -> str:
-    rate = success(best.scores)
-    if rate is not None and rate > REPAIRED:
+def shortcoming(row: CandidateRow, measure: str) -> str:
+    """Why a network does not count as repaired; of one that does, it means nothing."""
+    if _works(row):
         return "The backdoor still works" if measure == TRUE else "The reversed triggers still work"
-    if best.verdict is Verdict.BACKDOORED:
+    if row.verdict is Verdict.BACKDOORED:
         return "The second scan finds a backdoor"
     return "The repair costs more than the budget"
+
+
+def left_in(row: CandidateRow) -> bool:
+    """Whether the backdoor is still there, whatever the repair cost."""
+    return _works(row) or row.verdict is Verdict.BACKDOORED
+
+
+def _works(row: CandidateRow) -> bool:
+    rate = success(row.scores)
+    return rate is not None and rate > REPAIRED
+
+
+def row_sentence(row: CandidateRow, before: Scores) -> str:
+    """One network: what it gains and what it costs, and whether it counts as repaired."""
+    measure = measure_of(before)
+    text = f"{network_name(row)}: {_rates(before, row, measure)}."
+    return text if is_repaired(row) else f"{shortcoming(row, measure)}. {text}"
 
 
 def network_name(row: CandidateRow) -> str:

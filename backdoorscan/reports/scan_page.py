@@ -9,18 +9,15 @@ from itertools import chain
 import numpy as np
 import numpy.typing as npt
 
-from backdoorscan.findings import Finding, Verdict
+from backdoorscan.findings import Verdict
 from backdoorscan.report import DetectorRun, ModelRun, ScanReport
 from backdoorscan.reports import evidence, pages, pictures
 from backdoorscan.reports.album import label_charts
+from backdoorscan.reports.telling import INCOMPLETE, TITLES, finding_sentence, reasons, smallest_p
 from backdoorscan.reports.words import command, number, percent, plain, probability, ranges
 from backdoorscan.trigger import Trigger
 
-_TITLES = {
-    Verdict.CLEAN: ("good", "No backdoor found"),
-    Verdict.BACKDOORED: ("bad", "Backdoored"),
-    Verdict.INCONCLUSIVE: ("warn", "Inconclusive"),
-}
+_TONES = {Verdict.CLEAN: "good", Verdict.BACKDOORED: "bad", Verdict.INCONCLUSIVE: "warn"}
 
 _PICTURE_BYTES = 1_500_000
 """Of trigger pictures on a page: beyond it triggers are left out, and the page says so."""
@@ -87,13 +84,13 @@ class ScanPage(pages.Page):
 
 def scan_page(report: ScanReport) -> ScanPage:
     """What the template shows of a scan."""
-    tone, title = _TITLES[report.verdict]
+    title = TITLES[report.verdict]
     paths = ", ".join(str(run.model.get("path")) for run in report.runs)
     return ScanPage(
         title=f"{title}: {plain(paths, 80)}",
         kind="scan report",
         provenance=pages.provenance(report, _decided(report)),
-        overall=pages.Banner(tone, title, ""),
+        overall=pages.Banner(_TONES[report.verdict], title, ""),
         runs=[_run_view(run, report, position) for position, run in enumerate(report.runs, start=1)],
     )
 
@@ -126,42 +123,23 @@ def _run_view(run: ModelRun, report: ScanReport, position: int) -> RunView:
 
 
 def _banner(run: ModelRun, alpha: float) -> pages.Banner:
-    tone, title = _TITLES[run.verdict]
-    sentences = [_sentence(finding, alpha) for finding in run.findings[:3]]
+    sentences = [finding_sentence(finding, alpha) for finding in run.findings[:3]]
     if len(run.findings) > 3:
         sentences.append(f"{len(run.findings) - 3} more labels are listed below.")
-    if run.verdict is Verdict.CLEAN:
-        smallest = min((d.p_value for d in run.detectors if d.p_value is not None), default=None)
-        sentences.append(f"The strongest evidence has p = {probability(smallest)}; below {alpha:g} it would count.")
-    elif not run.findings:
-        sentences.append("No detector could answer.")
+    sentences += reasons(run, alpha)
     sentences += [f"Note: {note}." for note in run.notes]
     if run.not_tested:
         sentences.append("Not tested: " + ", ".join(run.not_tested) + ".")
     if not run.complete:
-        sentences.append("The scan is incomplete: no verdict of clean is possible.")
-    return pages.Banner(tone, title, plain(run.model.get("path")), sentences)
-
-
-def _sentence(finding: Finding, alpha: float) -> str:
-    victims = "any class" if finding.source_label is None else f"class {finding.source_label}"
-    text = f"Label {finding.target_label}: "
-    if finding.trigger is not None:
-        text += f"a trigger of {finding.trigger.l1:.1f} pixels ({finding.trigger.area:.1%} of the image) "
-        if finding.attack_success_rate is not None:
-            text += f"sends {percent(finding.attack_success_rate)} of held-out images of {victims} there; "
-        else:
-            text += f"sends images of {victims} there; "
-    relation = "within" if finding.p_value <= alpha else "not within"
-    return text + f"p = {probability(finding.p_value)}, {relation} the budget of {alpha:g} ({finding.detector})."
+        sentences.append(INCOMPLETE)
+    return pages.Banner(_TONES[run.verdict], TITLES[run.verdict], plain(run.model.get("path")), sentences)
 
 
 def _numbers(run: ModelRun, alpha: float) -> pages.Pairs:
-    smallest = min((d.p_value for d in run.detectors if d.p_value is not None), default=None)
     labels = ranges([finding.target_label for finding in run.findings])
     return [
         ("suspected labels", labels or "none"),
-        ("smallest p-value", probability(smallest)),
+        ("smallest p-value", probability(smallest_p(run))),
         ("counts up to", f"{alpha:g}"),
         ("clean accuracy", percent(run.clean_accuracy)),
         ("classes", plain(run.model.get("num_classes"))),

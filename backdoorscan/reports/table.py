@@ -9,6 +9,7 @@ from typing import Any
 
 from rich import box
 from rich.console import Console, Group, RenderableType
+from rich.markup import escape
 from rich.table import Table as RichTable
 from rich.text import Text
 
@@ -20,7 +21,9 @@ from backdoorscan.reports.columns import REVERSED_ATTACKS, TRUE_ATTACKS, columns
 from backdoorscan.reports.drawing import WIDEST, draw, place
 from backdoorscan.reports.evidence import label_rows
 from backdoorscan.reports.outcome import network_name, outcome
-from backdoorscan.reports.words import given_count, visible
+from backdoorscan.reports.summary import called, summary
+from backdoorscan.reports.telling import ACCEPTED, INCOMPLETE
+from backdoorscan.reports.words import given_count, number, visible
 
 _STYLE = {Verdict.CLEAN: "bold green", Verdict.BACKDOORED: "bold red", Verdict.INCONCLUSIVE: "bold yellow"}
 
@@ -50,8 +53,14 @@ class Table(Reporter):
 
 def _parts(report: Report, terminal: Terminal) -> Iterator[RenderableType]:
     if isinstance(report, ScanReport):
+        if len(report.runs) > 1:
+            yield summary(report.runs, _STYLE)
         for run in report.runs:
-            yield from _scan(run, terminal)
+            if len(report.runs) == 1:
+                yield from _scan(run, terminal)
+            elif run.verdict is not Verdict.CLEAN:
+                yield Text("")
+                yield from _scan(run, terminal)
     elif isinstance(report, RepairReport):
         yield from _repair(report)
     elif isinstance(report, EvaluationReport):
@@ -61,7 +70,10 @@ def _parts(report: Report, terminal: Terminal) -> Iterator[RenderableType]:
 
 
 def _scan(run: ModelRun, terminal: Terminal) -> Iterator[RenderableType]:
-    yield Text.assemble(visible(str(run.model["path"])), "  ", (str(run.verdict).upper(), _STYLE[run.verdict]))
+    yield Text.assemble(visible(str(run.model["path"])), "  ", (called(run), _STYLE[run.verdict]))
+    if run.error:
+        yield Text(visible(run.error, lines=True), style="red")
+        return
     yield _facts(run)
     for detector in run.detectors:
         if detector.error:
@@ -75,22 +87,26 @@ def _scan(run: ModelRun, terminal: Terminal) -> Iterator[RenderableType]:
             table.add_row(
                 "\n".join(str(target) for _, target in ways),
                 "\n".join("any" if source is None else str(source) for source, _ in ways),
-                finding.detector,
+                escape(visible(finding.detector)),
                 f"{finding.p_value:.2g}",
-                f"{finding.score:.2f}",
+                number(finding.score, ".2f"),
                 "" if trigger is None else f"{trigger.l1:.1f} px",
                 "" if trigger is None else f"{trigger.area:.1%}",
                 _percent(finding.attack_success_rate),
             )
         yield table
+        for finding in run.findings:
+            if finding.suppressed is not None:
+                accepted = f"label {finding.target_label} ({finding.detector}) is {ACCEPTED}: {finding.suppressed}"
+                yield Text(visible(accepted), style="yellow")
         yield from _drawings(run, terminal)
     yield from _labels(run)
     for note in run.notes:
         yield Text(visible(f"note: {note}"), style="yellow")
     if run.not_tested:
-        yield Text("not tested: " + ", ".join(run.not_tested), style="dim")
+        yield Text(visible("not tested: " + ", ".join(run.not_tested)), style="dim")
     if not run.complete:
-        yield Text("The scan is incomplete: no verdict of clean is possible.", style="bold yellow")
+        yield Text(INCOMPLETE, style="bold yellow")
     cost = run.cost
     yield Text(
         f"{cost.gradient_samples:,} gradient samples, {cost.wall_seconds:.1f} s, "
@@ -113,7 +129,7 @@ def _facts(run: ModelRun) -> RenderableType:
         given = given_count(run.images)
         parts = [f"clean accuracy {_percent(run.clean_accuracy)} on {given} images"] if given else []
         lines.append(", ".join([*parts, *([f"{made} images made from the model"] if made else [])]))
-    return Text("\n".join(lines), style="dim")
+    return Text(visible("\n".join(lines), lines=True), style="dim")
 
 
 def _together(findings: Sequence[Finding]) -> list[tuple[Finding, list[tuple[int | None, int]]]]:
@@ -154,7 +170,13 @@ def _labels(run: ModelRun) -> Iterator[RenderableType]:
         rows = label_rows(detector, run.findings)
         if not rows:
             continue
-        table = _table("label", "trigger L1", "success", "anomaly index", title=f"{detector.id}: smallest triggers")
+        table = _table(
+            "label",
+            "trigger L1",
+            "success",
+            "anomaly index",
+            title=f"{escape(visible(detector.id))}: smallest triggers",
+        )
         for row in rows[:_MOST_LABELS]:
             table.add_row(
                 str(row.label),
@@ -181,7 +203,7 @@ def _repair(report: RepairReport) -> Iterator[RenderableType]:
 
     def add(name: str, channels: str, scores: Scores, verdict: str) -> None:
         rates = [cell(scores) for cell in shown.values()]
-        table.add_row(visible(name), *([channels] if pruned else []), *rates, *([verdict] if verdicts else []))
+        table.add_row(escape(visible(name)), *([channels] if pruned else []), *rates, *([verdict] if verdicts else []))
 
     add("B, as it came", "", report.before, "")
     for row in report.candidates:
@@ -218,7 +240,7 @@ def _evaluation(report: EvaluationReport) -> Iterator[RenderableType]:
     yield Text(visible(str(report.model["path"])))
     shown = columns([report.scores])
     table = _table("network", *map(_narrow, shown))
-    table.add_row(visible(str(report.model["kind"])), *(cell(report.scores) for cell in shown.values()))
+    table.add_row(escape(visible(str(report.model["kind"]))), *(cell(report.scores) for cell in shown.values()))
     yield table
     yield Text(f"measured on {report.images['count']} clean images" + _poisoned_note(report.poisoned), style="dim")
 
@@ -231,7 +253,7 @@ def _poisoned_note(poisoned: object) -> str:
 
 def _pruned(row: CandidateRow) -> str:
     count = row.facts.get("channels_pruned")
-    return "" if count is None else f"{count}/{row.facts['channels']}"
+    return "" if count is None else f"{count}/{row.facts.get('channels', '?')}"
 
 
 def _table(*columns: str, title: str | None = None) -> RichTable:

@@ -160,3 +160,14 @@ def ranges(labels: Sequence[int]) -> str:
         else:
             runs.append([label, label])
     return ",".join(str(low) if low == high else f"{low}-{high}" for low, high in runs)
+
+
+def finite_json(value: object) -> object:
+    """``value`` without NaN and infinities, which JSON does not have."""
+    if isinstance(value, dict):
+        return {str(key): finite_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite_json(item) for item in value]
+    if isinstance(value, float) and not abs(value) < float("inf"):
+        return None
+    return value

@@ -46,6 +46,7 @@ class LabelMapping(Detector):
     cost = 5.0
     blind_spots = ("source-specific backdoors",)
     covers = ("all-to-all backdoors",)
+    share = 0.25
 
     free_steps: int = option(40, help="Steps without a mapping in mind.", minimum=1)
     steps: int = option(160, help="Steps towards the mapping found.", minimum=1)

@@ -195,6 +195,7 @@ class WarpInversion(_Perturbations):
 
     id = "warp"
     covers = ("warping backdoors",)
+    share = 0.5
     paper = "Nguyen, Tran: WaNet - Imperceptible Warping-based Backdoor Attack. ICLR 2021, section 3.2 (the trigger)"
     cost = 13.0
 

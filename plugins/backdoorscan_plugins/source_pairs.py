@@ -43,6 +43,7 @@ class SourcePairs(Detector):
     paper = "Gu, Dolan-Gavitt, Garg: BadNets. 2017 (single-target attack); the search is this project's own"
     cost = 20.0
     covers = ("source-specific backdoors",)
+    share = 0.5
 
     most_classes: int = option(16, help="Of more classes there are too many pairs to look at.", minimum=3)
     steps: int = option(25, help="Steps in the first round; each further round has twice as many.", minimum=1)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import io
 import json
+import marshal
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -14,8 +17,11 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import h5py
 import jsonschema
+import numpy as np
 import pytest
+import torch
 
 from backdoorscan.cli import run
 from backdoorscan.demo import DemoFiles, make_demo
@@ -175,3 +181,106 @@ def third_party(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cal
 
     yield make
     installed.cache_clear()
+
+
+class Payload:
+    """Leaves a file behind where it is unpickled."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.touch, (Path("payload-ran"),)
+
+
+def write_images(path: Path, data: np.ndarray, label: np.ndarray) -> None:
+    with h5py.File(path, "w") as file:
+        file["data"], file["label"] = data, label
+
+
+def add_lambda_layer(path: Path) -> None:
+    """Put a Lambda layer before the last layer, with code inside that leaves a file behind."""
+    code = compile("lambda x: open('payload-ran', 'w')", "layer", "eval").co_consts[0]
+    payload = [base64.encodebytes(marshal.dumps(code)).decode(), None, None]
+    layer = {"class_name": "Lambda", "config": {"name": "sneaky", "function": payload, "function_type": "lambda"}}
+    with h5py.File(path, "r+") as file:
+        config = json.loads(file.attrs["model_config"])
+        config["config"]["layers"].insert(-1, layer)
+        file.attrs["model_config"] = json.dumps(config)
+
+
+@pytest.fixture(scope="module")
+def inputs(demo: DemoFiles, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the demo's files and with all that can be wrong with such files."""
+    folder = tmp_path_factory.mktemp("inputs")
+    for path in (demo.model, demo.clean_model, demo.clean, demo.poisoned):
+        shutil.copy(path, folder)
+    whole = demo.model.read_bytes()
+    (folder / "text.h5").write_text("This is not a model.\n" * 100)
+    (folder / "empty.h5").touch()
+    (folder / "cut.h5").write_bytes(whole[: len(whole) // 2])
+    (folder / "folder.h5").mkdir()
+    (folder / "lambda.h5").write_bytes(whole)
+    add_lambda_layer(folder / "lambda.h5")
+    with h5py.File(demo.clean) as file:
+        data, label = file["data"][:40], file["label"][:40]
+    write_images(folder / "label12.h5", data, np.where(np.arange(40) == 5, 12, label))
+    write_images(folder / "large.h5", np.zeros((40, 1, 20, 20), np.uint8), label)
+    write_images(folder / "colour.h5", np.zeros((40, 3, 16, 16), np.uint8), label)
+    write_images(folder / "none.h5", data[:0], label[:0])
+    write_images(folder / "noise.h5", np.random.default_rng(0).integers(0, 256, data.shape, np.uint8), label)
+    torch.save({"weight": torch.zeros(10, 256)}, folder / "weights.pth")
+    torch.save(torch.nn.Linear(256, 10), folder / "module.pth")
+    torch.save({"weight": torch.zeros(10, 256), "extra": Payload()}, folder / "payload.pth")
+    (folder / "arch.py").write_text("import torch\ndef linear():\n    return torch.nn.Linear(256, 10)\n")
+    (folder / "broken.toml").write_text("seed = \n")
+    (folder / "unknown.toml").write_text("aplha = 0.05\n")
+    (folder / "taken").mkdir()
+    (folder / "taken" / "thesis.tex").write_text("mine")
+    return folder
+
+
+@pytest.fixture
+def here(inputs: Path, elsewhere: Path) -> Path:
+    """The current folder, with a copy of ``inputs``."""
+    return Path(shutil.copytree(inputs, elsewhere, dirs_exist_ok=True))
+
+
+@pytest.fixture(scope="session")
+def contents() -> Callable[[Path], dict[str, bytes]]:
+    """All files below a folder."""
+    return lambda folder: {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+SOMEBODY_ELSES = """
+from dataclasses import dataclass
+from backdoorscan import hookimpl
+from backdoorscan.findings import Evidence, Finding, Judgement
+from backdoorscan.plugin.detector import Detector
+from backdoorscan.plugin.method import option
+
+@dataclass(frozen=True, kw_only=True)
+class Oracle(Detector):
+    "Says what it is told to say."
+    id = "{id}"
+    level: int = option(1, help="Of nothing.")
+    def examine(self, unit, classifier, images, context):
+        {examine}
+        return Evidence(figures={{"level": self.level}})
+    def judge(self, evidence):
+        {judge}
+        p_value = {p_value}
+        findings = [Finding(target_label=3, p_value=p_value, score=1.0)] if p_value is not None else []
+        return Judgement(findings=findings, p_value=p_value)
+
+@hookimpl
+def backdoorscan_detectors():
+    return [Oracle]
+"""
+
+
+@pytest.fixture(scope="session")
+def oracle() -> Callable[..., str]:
+    """The source of a detector that does and says the like."""
+
+    def source(id: str = "oracle", examine: str = "pass", judge: str = "pass", p_value: float | None = 1.0) -> str:
+        return SOMEBODY_ELSES.format(id=id, examine=examine, judge=judge, p_value=p_value)
+
+    return source

@@ -10,9 +10,10 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 
-from backdoorscan.errors import ImagesError
+from backdoorscan.errors import ArtifactError, ImagesError
 from backdoorscan.formats.images.pairs import Entry, choose_pair
 from backdoorscan.formats.images.reading import check_size, parsing
+from backdoorscan.formats.sandbox import run_apart
 
 _SIGNATURE = b"\x89HDF\r\n\x1a\n"
 _OFFSETS = (0, 512, 1024, 2048)  # the format allows a user block before the signature; MATLAB writes one
@@ -28,7 +29,7 @@ def is_hdf5(content: bytes) -> bool:
 
 
 def read_hdf5(content: bytes, source: str, split: str | None) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-    """Images and labels as stored.
+    """Images and labels as stored, read in the sandbox.
 
     Args:
         content: The file.
@@ -38,13 +39,21 @@ def read_hdf5(content: bytes, source: str, split: str | None) -> tuple[npt.NDArr
     Raises:
         ImagesError: Damaged or too large; a link, an external or a virtual dataset; no such pair of arrays.
     """
+    try:
+        return run_apart(read_stored, content, source, split, name=source)
+    except ArtifactError as error:
+        raise ImagesError(error.what, why=error.why, hint="Save the images again, as .npz.") from error
+
+
+def read_stored(content: bytes, source: str, split: str | None) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """What ``read_hdf5`` returns, read in this process."""
     with parsing(source, "an HDF5 file"), h5py.File(io.BytesIO(content), "r") as file:
         if "model_config" in file.attrs or "layer_names" in file.attrs:
             raise ImagesError(f"{source} is a Keras model.", hint="Pass the file of the clean images here.")
         datasets = safe_datasets(file, source)
         entries = [Entry(name, dataset.shape or (), dataset.dtype) for name, dataset in datasets.items()]
         pair = choose_pair(entries, split, source)
-        return _values(datasets[pair.images.name], source), _values(datasets[pair.labels.name], source)
+        return read_dataset(datasets[pair.images.name], source), read_dataset(datasets[pair.labels.name], source)
 
 
 def safe_datasets(file: h5py.File, source: str) -> dict[str, h5py.Dataset]:
@@ -78,7 +87,12 @@ def safe_datasets(file: h5py.File, source: str) -> dict[str, h5py.Dataset]:
     return datasets
 
 
-def _values(dataset: h5py.Dataset, source: str) -> npt.NDArray[Any]:
+def read_dataset(dataset: h5py.Dataset, source: str) -> npt.NDArray[Any]:
+    """The values of one of ``safe_datasets``.
+
+    Raises:
+        ImagesError: It is too large, was never filled, or needs a filter that is not built in.
+    """
     plist = dataset.id.get_create_plist()
     filters = {plist.get_filter(i)[0] for i in range(plist.get_nfilters())}
     if unknown := sorted(filters - _FILTERS):
@@ -87,6 +101,7 @@ def _values(dataset: h5py.Dataset, source: str) -> npt.NDArray[Any]:
             why=f"It needs the HDF5 filters {unknown}.",
             hint="Save it with gzip or without compression.",
         )
+    check_size(dataset.size * dataset.dtype.itemsize if dataset.size else 0, source, f"'{dataset.name}'")
     if dataset.chunks:  # the library allocates whole chunks, however small the dataset is
         check_size(math.prod(dataset.chunks) * dataset.dtype.itemsize, source, f"A chunk of '{dataset.name}'")
     if dataset.size and not dataset.id.get_storage_size():

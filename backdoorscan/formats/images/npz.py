@@ -68,6 +68,16 @@ def _entry(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Entry:
     return Entry(member.filename.removesuffix(_SUFFIX), shape, dtype)
 
 
+def read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, source: str) -> npt.NDArray[Any]:
+    """The array in a member of an archive.
+
+    Raises:
+        ImagesError: It is too large or damaged.
+        ValueError: It is no array of numbers.
+    """
+    return _values(archive, _entry(archive, member), source)
+
+
 def _values(archive: zipfile.ZipFile, entry: Entry, source: str) -> npt.NDArray[Any]:
     member = archive.getinfo(entry.name + _SUFFIX)
     # zipfile stops at the declared size, so a member cannot unpack to more than what is checked here.

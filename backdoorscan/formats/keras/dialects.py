@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from backdoorscan.errors import ArtifactError, UnsafeModelError, UnsupportedModelError
@@ -65,7 +65,18 @@ def _model(class_name: str, config: Any, name: str, counter: _Counter) -> ModelS
         layer.calls = [_call(node, layer.name) for node in nodes] or [Call(())]
         _add(layers, layer)
     inputs = list(_model_refs(config.get("input_layers", []), name))
-    return ModelSpec(name, layers, inputs, list(_model_refs(config["output_layers"], name)))
+    outputs = list(_model_refs(config["output_layers"], name))
+    _count_first_calls(layers, outputs)
+    return ModelSpec(name, layers, inputs, outputs)
+
+
+def _count_first_calls(layers: Mapping[str, LayerSpec], outputs: Sequence[Ref]) -> None:
+    """tf.keras counts the call by which an inner model was built, but does not list it: there the last is beyond."""
+    refs = [*outputs, *(ref for layer in layers.values() for call in layer.calls for ref in call.refs())]
+    beyond = {ref.layer for ref in refs if ref.layer in layers and ref.node == len(layers[ref.layer].calls)}
+    for layer in layers.values():
+        if layer.model is not None and layer.name in beyond:
+            layer.calls.insert(0, Call(()))
 
 
 def _sequential(config: Any, name: str, counter: _Counter) -> ModelSpec:
@@ -120,7 +131,16 @@ def _layer(entry: Any, fallback: str, counter: _Counter) -> LayerSpec:
 
 
 def _check_origin(entry: Mapping[str, Any], fields: Fields) -> None:
-    """Refuse what only the author's own Python code could rebuild, even under the name of a standard class."""
+    """Refuse what only the author's own Python code could rebuild, even under the name of a standard class.
+
+    Every layer is looked at, called or not: Keras would run the code of each.
+    """
+    if fields.class_name == "Lambda":
+        raise UnsafeModelError(
+            f"The model was refused: its layer '{fields.layer}' is a Lambda.",
+            why="A Lambda layer is Python code stored in the file, and code from a model file is never run.",
+            hint="Rebuild the model with standard layers in its place (e.g. Rescaling), save it, and scan that.",
+        )
     module = entry.get("module")
     registered = entry.get("registered_name")
     standard = module is None or (

@@ -1,4 +1,4 @@
-"""The first stage: bytes of a Keras ``.h5`` (or of its JSON twin) to plain data. Needs no torch."""
+"""The first stage: bytes of a Keras file (``.h5``, ``.keras``, or the JSON of one) to plain data. Needs no torch."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import h5py
+from h5py import h5o
 from numpy.typing import NDArray
 
 from backdoorscan.errors import ArtifactError, UnsafeModelError, UnsupportedModelError
+from backdoorscan.formats.keras.architecture import parse_config
+from backdoorscan.formats.keras.archive import CONFIG, METADATA, WEIGHTS, is_also_archive, is_archive, read_members
 from backdoorscan.formats.keras.hdf5 import Budget, is_hdf5, names_attribute, opened, text_attribute
 
-_MAX_CONFIG_BYTES = 64 * 2**20
-_MAX_CONFIG_DEPTH = 200
+NUMBERED = "layers"
+"""The group in which Keras 3 and tf.keras put a model's layers where weights go by number."""
 
 
 @dataclass(frozen=True)
@@ -21,8 +24,8 @@ class StoredWeight:
     """One array of the file.
 
     Attributes:
-        name: As the file's ``weight_names`` spell it, e.g. ``"conv_1/kernel:0"``.
-        dataset: Its path in the file.
+        name: As the file's ``weight_names`` spell it, e.g. ``"conv_1/kernel:0"``; or its number, e.g. ``"0"``.
+        dataset: Its path in the HDF5 file.
         array: The values, as stored.
     """
 
@@ -33,7 +36,12 @@ class StoredWeight:
 
 @dataclass(frozen=True)
 class WeightGroup:
-    """The arrays of one top-level layer, in the file's own order."""
+    """The arrays of one layer, in the file's own order.
+
+    Attributes:
+        layer: The name of a top-level layer; or where weights go by number, a path, e.g. ``"layers/conv2d_1"``.
+        weights: With those of inner layers, unless weights go by number.
+    """
 
     layer: str
     weights: tuple[StoredWeight, ...]
@@ -47,17 +55,19 @@ class ParsedKeras:
         config: The architecture (``class_name`` and ``config``), or ``None`` where the file holds weights alone.
         keras_version: As the file says, e.g. ``"2.3.1"``; empty where it says nothing.
         backend: As the file says, e.g. ``"tensorflow"``; empty where it says nothing.
-        groups: The weights by top-level layer.
+        groups: The weights by layer.
+        numbered: Whether layers and weights go by class and number (``.keras``), not by name (``.h5``).
     """
 
     config: dict[str, Any] | None
     keras_version: str = ""
     backend: str = ""
     groups: tuple[WeightGroup, ...] = ()
+    numbered: bool = False
 
 
 def parse(data: bytes, name: str) -> ParsedKeras:
-    """Read a Keras ``.h5`` file.
+    """Read a Keras file: ``.h5`` or ``.keras``, a whole model or weights alone, or an architecture's JSON.
 
     Args:
         data: The file's bytes.
@@ -67,97 +77,73 @@ def parse(data: bytes, name: str) -> ParsedKeras:
         ArtifactError: The file is broken or holds no Keras model.
         UnsafeModelError: Reading it would touch other files or exhaust the memory.
     """
+    if is_hdf5(data):
+        if is_also_archive(data):
+            raise UnsafeModelError(
+                f"{name} was refused: it is an HDF5 file and a zip archive at once.",
+                why="Keras goes by the file's name, and would load another model under another name.",
+                hint="Do not use this file; ask its publisher for a plain copy.",
+            )
+        return _parse_hdf5(data, name)
+    if is_archive(data):
+        return _parse_archive(data, name)
+    config = parse_config(_text(data, name), name)
+    return ParsedKeras(config, _version(config))
+
+
+def _text(data: bytes, name: str) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ArtifactError(
+            f"{name} is neither a Keras model nor the JSON of one.",
+            why=str(error),
+            hint="Give a whole-model .h5 or .keras file, or the JSON of Model.to_json().",
+        ) from error
+
+
+def _version(facts: Any) -> str:
+    version = facts.get("keras_version") if isinstance(facts, dict) else None
+    return version if isinstance(version, str) else ""
+
+
+def _parse_archive(data: bytes, name: str) -> ParsedKeras:
+    members = read_members(data, name)
+    for member in (CONFIG, WEIGHTS):
+        if member not in members:
+            raise UnsupportedModelError(
+                f"{name} is a zip archive without '{member}'.",
+                why="Models in several parts and weights in other formats cannot be read.",
+                hint="Save the model again with model.save('model.keras').",
+            )
+    try:
+        version = _version(json.loads(members.get(METADATA, b"{}")))
+    except (ValueError, RecursionError):
+        version = ""
+    inner = f"{name} ({WEIGHTS})"
+    with opened(members[WEIGHTS], inner) as file:
+        groups = _numbered_groups(file, Budget(len(members[WEIGHTS]), inner))
+    return ParsedKeras(parse_config(_text(members[CONFIG], name), name), version, groups=groups, numbered=True)
+
+
+def _parse_hdf5(data: bytes, name: str) -> ParsedKeras:
     with opened(data, name) as file:
         text = text_attribute(file, "model_config")
         store = file
         if "model_weights" in file and isinstance(file["model_weights"], h5py.Group):
             store = file["model_weights"]
         layers = names_attribute(store, "layer_names")
-        if layers is None:
-            raise _no_model(file, name)
         budget = Budget(len(data), name)
+        if layers is None:
+            if text is None and isinstance(file.get(NUMBERED), h5py.Group):
+                return ParsedKeras(None, groups=_numbered_groups(file, budget), numbered=True)
+            raise _no_model(file, name)
         return ParsedKeras(
             config=None if text is None else parse_config(text, name),
             keras_version=text_attribute(file, "keras_version") or text_attribute(store, "keras_version") or "",
             backend=text_attribute(file, "backend") or text_attribute(store, "backend") or "",
             groups=tuple(_read_group(store, layer, budget, name) for layer in layers),
         )
-
-
-def parse_architecture(data: bytes, name: str) -> ParsedKeras:
-    """Read the architecture alone, from a whole-model ``.h5`` or from what ``Model.to_json`` wrote.
-
-    Raises:
-        ArtifactError: The file holds no architecture.
-    """
-    if is_hdf5(data):
-        with opened(data, name) as file:
-            text = text_attribute(file, "model_config")
-            version = text_attribute(file, "keras_version") or ""
-        if text is None:
-            raise ArtifactError(
-                f"{name} holds no architecture.", hint="Give a whole-model .h5 or the JSON of Model.to_json()."
-            )
-        return ParsedKeras(parse_config(text, name), version)
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ArtifactError(
-            f"{name} is neither a Keras .h5 nor a JSON file.",
-            why=str(error),
-            hint="Give a whole-model .h5 or the JSON of Model.to_json().",
-        ) from error
-    config = parse_config(text, name)
-    written_by = config.get("keras_version")
-    return ParsedKeras(config, written_by if isinstance(written_by, str) else "")
-
-
-def parse_config(text: str, name: str) -> dict[str, Any]:
-    """Parse an architecture's JSON, bounded in size and depth.
-
-    Raises:
-        ArtifactError: It is no JSON object with ``class_name`` and ``config``.
-        UnsafeModelError: It is larger or deeper than any architecture.
-    """
-    if len(text) > _MAX_CONFIG_BYTES:
-        raise UnsafeModelError(
-            f"{name} was refused: its architecture is {len(text):,} characters long.",
-            hint="Do not use this file; ask its publisher for a plain copy.",
-        )
-    try:
-        config = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ArtifactError(
-            f"The architecture in {name} is not valid JSON.",
-            why=str(error),
-            hint="Save the model again with Keras.",
-        ) from error
-    _check_depth(config, name)
-    if not isinstance(config, dict) or not isinstance(config.get("class_name"), str) or "config" not in config:
-        raise ArtifactError(
-            f"The architecture in {name} is not a Keras model.",
-            why="It is not a JSON object with 'class_name' and 'config'.",
-            hint="Give a whole-model .h5 or the JSON of Model.to_json().",
-        )
-    return config
-
-
-def _check_depth(config: Any, name: str) -> None:
-    """Later stages walk the JSON recursively; a too deep one must not exhaust Python's stack."""
-    level: list[Any] = [config]
-    for _ in range(_MAX_CONFIG_DEPTH):
-        level = [
-            child
-            for item in level
-            if isinstance(item, dict | list)
-            for child in (item.values() if isinstance(item, dict) else item)
-        ]
-        if not level:
-            return
-    raise UnsafeModelError(
-        f"{name} was refused: its architecture is nested more than {_MAX_CONFIG_DEPTH} levels deep.",
-        hint="Do not use this file; ask its publisher for a plain copy.",
-    )
 
 
 def _read_group(store: h5py.Group, layer: str, budget: Budget, name: str) -> WeightGroup:
@@ -181,13 +167,30 @@ def _read_group(store: h5py.Group, layer: str, budget: Budget, name: str) -> Wei
     return WeightGroup(layer, tuple(weights))
 
 
+def _numbered_groups(file: h5py.File, budget: Budget) -> tuple[WeightGroup, ...]:
+    """The arrays in all groups ``vars``, each under the path of its layer; the optimizer's are left out."""
+    groups: list[WeightGroup] = []
+    # A group may hold itself under another name; Keras never writes that, so what is met again is not followed.
+    seen: set[Any] = set()
+    waiting = [(NUMBERED, file.get(NUMBERED))]
+    while waiting:
+        path, group = waiting.pop()
+        if not isinstance(group, h5py.Group) or (address := h5o.get_info(group.id).addr) in seen:
+            continue
+        seen.add(address)
+        if path.endswith("/vars"):
+            weights = [
+                StoredWeight(key, f"/{path}/{key}", budget.read(group[key]))
+                for key in sorted(group, key=lambda key: (len(key), key))
+                if isinstance(group[key], h5py.Dataset)
+            ]
+            groups.append(WeightGroup(path.removesuffix("/vars"), tuple(weights)))
+        else:
+            waiting += [(f"{path}/{key}", group[key]) for key in group]
+    return tuple(sorted(groups, key=lambda group: group.layer))
+
+
 def _no_model(file: h5py.File, name: str) -> ArtifactError:
-    if "layers" in file or "_layer_checkpoint_dependencies" in file:
-        return UnsupportedModelError(
-            f"{name} holds weights alone, in Keras 3's own layout (.weights.h5).",
-            why="They are stored by position, without the layers' names.",
-            hint="Save the whole model with model.save('model.h5') or model.save('model.keras').",
-        )
     names = ", ".join(sorted(file)[:5])
     return ArtifactError(
         f"{name} is an HDF5 file, but not a Keras model.",

@@ -15,8 +15,8 @@ from backdoorscan.formats.keras.parse import StoredWeight, WeightGroup
 
 # What Keras stores beside the weights: random states, sample counters, and the state of batch renormalisation.
 _NOT_NEEDED = {"seed_generator_state", "count", "num_samples", "renorm_mean", "renorm_stddev"}
-_NOT_NEEDED |= {"renorm_mean_weight", "renorm_stddev_weight"}
-_HINT = "Save the model again with Keras, or check that weights and architecture belong together."
+_NOT_NEEDED |= {"renorm_mean_weight", "renorm_stddev_weight", "moving_stddev"}
+HINT = "Save the model again with Keras, or check that weights and architecture belong together."
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,20 @@ class Slot:
         return np.ascontiguousarray(moved.transpose(np.argsort(self.axes)))
 
 
+def check_shape(weight: StoredWeight, slot: Slot, layer: str) -> None:
+    """Compare what the file stores with what the architecture wants.
+
+    Raises:
+        ArtifactError: They differ.
+    """
+    if weight.array.shape != slot.file_shape:
+        raise ArtifactError(
+            f"The weight '{weight.name}' of layer '{layer}' has the shape {weight.array.shape}.",
+            why=f"The architecture wants {slot.file_shape}.",
+            hint=HINT,
+        )
+
+
 class WeightSource(Protocol):
     """Where arrays come from; one implementation per way of naming them."""
 
@@ -82,12 +96,7 @@ class NamedGroups:
         found: dict[str, StoredWeight] = {}
         for layer, group in self._pair(list(layers)).items():
             for slot, weight in zip(layers[layer], _match_group(layer, layers[layer], group), strict=True):
-                if weight.array.shape != slot.file_shape:
-                    raise ArtifactError(
-                        f"The weight '{weight.name}' of layer '{layer}' has the shape {weight.array.shape}.",
-                        why=f"The architecture wants {slot.file_shape}.",
-                        hint=_HINT,
-                    )
+                check_shape(weight, slot, layer)
                 found[slot.target] = weight
         return [found[slot.target] for slot in slots]
 
@@ -101,7 +110,7 @@ class NamedGroups:
             raise ArtifactError(
                 f"The file has no weights for the layer '{missing[0]}'.",
                 why=f"It has weights for: {', '.join(list(filled)[:10]) or 'no layer'}.",
-                hint=_HINT,
+                hint=HINT,
             )
         return dict(zip(layers, filled.values(), strict=True))
 
@@ -119,7 +128,7 @@ def _match_group(layer: str, slots: list[Slot], weights: list[StoredWeight]) -> 
     raise ArtifactError(
         f"The weights of layer '{layer}' do not fit its description.",
         why=f"Wanted: {_listed(slot.kinds[0] for slot in slots)}; the file has: {_listed(w.name for w in weights)}.",
-        hint=_HINT,
+        hint=HINT,
     )
 
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
+from typing import Any
 
-import h5py
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from backdoorscan.artifact import Artifact
 from backdoorscan.formats.changes import changed_tensors
+from backdoorscan.formats.keras.editing import Edit, edited
 from backdoorscan.formats.keras.network import BuiltNetwork
+from backdoorscan.formats.sandbox import run_apart
+
+WHY_CONSTANT = "It is a constant of the architecture, not a weight that the file stores."
 
 
 def with_weights(artifact: Artifact, built: BuiltNetwork, weights: Mapping[str, Tensor]) -> bytes:
@@ -25,21 +29,34 @@ def with_weights(artifact: Artifact, built: BuiltNetwork, weights: Mapping[str, 
     Raises:
         ArtifactError: A tensor is unknown, has another shape, or is not stored in the file.
     """
-    why = "It is a constant of the architecture, not a weight that the file stores."
-    changed = changed_tensors(artifact, built.network.state_dict(), weights, built.origins, why)
+    changed = changed_tensors(artifact, built.network.state_dict(), weights, built.origins, WHY_CONSTANT)
     if not changed:
         return artifact.data
-    buffer = io.BytesIO(artifact.data)
-    with h5py.File(buffer, "r+") as file:
-        for name, tensor in changed.items():
-            slot, weight = built.origins[name]
-            new = slot.to_file(_array(tensor))
-            # Where the file stores more digits than float32 holds, values that did not change keep them.
-            kept = weight.array.astype(np.float32) == new
-            file[weight.dataset][...] = np.where(kept, weight.array, new.astype(weight.array.dtype))
-    return buffer.getvalue()
+    return write_edited(artifact, Edit(overwritten(built, changed)))
 
 
-def _array(tensor: Tensor) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
-    values: np.ndarray[tuple[int, ...], np.dtype[np.float32]] = tensor.detach().cpu().float().contiguous().numpy()
+def write_edited(artifact: Artifact, edit: Edit) -> bytes:
+    """A copy of the artifact with changes, made in the sandbox.
+
+    Raises:
+        ArtifactError: The file cannot be changed.
+    """
+    return run_apart(edited, artifact.data, edit, str(artifact.path), name=str(artifact.path))
+
+
+def overwritten(built: BuiltNetwork, changed: Mapping[str, Tensor]) -> dict[str, NDArray[Any]]:
+    """New values of the datasets of changed tensors, by the datasets' paths."""
+    values: dict[str, NDArray[Any]] = {}
+    for name, tensor in changed.items():
+        slot, weight = built.origins[name]
+        new = slot.to_file(as_array(tensor))
+        # Where the file stores more digits than float32 holds, values that did not change keep them.
+        kept = weight.array.astype(np.float32) == new
+        values[weight.dataset] = np.where(kept, weight.array, new.astype(weight.array.dtype))
+    return values
+
+
+def as_array(tensor: Tensor) -> NDArray[Any]:
+    """The values of a tensor as float32."""
+    values: NDArray[Any] = tensor.detach().cpu().float().contiguous().numpy()
     return values

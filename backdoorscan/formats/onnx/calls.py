@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 HINT = "Export the network again with standard operators (torch.onnx.export, opset 13 to 20), and scan that."
 _PASSING = {"Identity", "Cast", "Transpose"}
 _KINDS = {
-    onnx.AttributeProto.INT: int,
-    onnx.AttributeProto.FLOAT: float,
-    onnx.AttributeProto.INTS: list,
-    onnx.AttributeProto.FLOATS: list,
-    onnx.AttributeProto.STRING: bytes,
+    onnx.AttributeProto.INT: (int, "i"),
+    onnx.AttributeProto.FLOAT: (float, "f"),
+    onnx.AttributeProto.INTS: (list, "ints"),
+    onnx.AttributeProto.FLOATS: (list, "floats"),
+    onnx.AttributeProto.STRING: (bytes, "s"),
 }
 
 
@@ -48,6 +48,11 @@ class NodeCall:
         """Version of the operators."""
         return self.builder.parsed.opset
 
+    @property
+    def one_by_one(self) -> bool:
+        """Whether the file can be run image by image: it is not made for several at a time."""
+        return self.builder.parsed.input.batch in (None, 1)
+
     def unsupported(self, why: str, hint: str = "") -> UnsupportedModelError:
         """An error that names this operator."""
         return UnsupportedModelError(f"The operator {self.node} cannot be read.", why=why, hint=hint or HINT)
@@ -56,9 +61,10 @@ class NodeCall:
         attribute = self.node.attributes.get(key)
         if attribute is None:
             return None
-        if _KINDS.get(attribute.type) is not kind:
+        known, field = _KINDS.get(attribute.type, (None, ""))
+        if known is not kind or attribute.ref_attr_name:
             raise self.unsupported(f"Its setting '{key}' is of the wrong type.")
-        return onnx.helper.get_attribute_value(attribute)
+        return kind(getattr(attribute, field))
 
     def integer(self, key: str, default: int) -> int:
         """A whole number among the settings."""
@@ -149,7 +155,7 @@ class NodeCall:
             return Const(function(*plain, **kwargs))
         self.builder.limits.value(self.node, meta)
         nodes = fx.node.map_aggregate(args, self.builder.node_of)
-        return Value(self.builder.graph.call_function(function, nodes, kwargs), meta)
+        return Value(self._named(self.builder.graph.call_function(function, nodes, kwargs)), meta)
 
     def module(self, value: Value, module: nn.Module, tensors: Mapping[str, Const]) -> Value:
         """Call a layer on a value; one with the same tensors and settings is made only once.
@@ -162,7 +168,12 @@ class NodeCall:
         name, known = self.builder.install(self.node, module, tensors)
         meta = known(value.meta)
         self.builder.limits.value(self.node, meta)
-        return Value(self.builder.graph.call_module(name, (value.node,)), meta)
+        return Value(self._named(self.builder.graph.call_module(name, (value.node,))), meta)
+
+    def _named(self, node: fx.Node) -> fx.Node:
+        """A node of the graph that remembers which of the file it stands for."""
+        node.meta["source"] = str(self.node)
+        return node
 
     def bias_behind(self, channels: int, rank: int, axis: int) -> Const | None:
         """The constant that is added to each channel next, if that is all that happens to this node's output.
@@ -197,6 +208,16 @@ class NodeCall:
         users = self.builder.users.get(name, [])
         alone = len(users) == 1 and not users[0].domain and name != self.builder.parsed.output
         return users[0] if alone else None
+
+    def branch(self, key: str) -> list[Operand]:
+        """Add one of this node's subgraphs to the graph, and return what it gives back."""
+        attribute = self.node.attributes.get(key)
+        if attribute is None or attribute.g is None:
+            raise self.unsupported(f"It has no subgraph '{key}'.")
+        results = self.builder.branch(attribute.g)
+        if len(results) != len(self.node.outputs):
+            raise self.unsupported(f"Its subgraph '{key}' gives {len(results)} values.")
+        return results
 
     def note(self, result: Operand) -> Operand:
         """Remember that this node decides something by the image."""

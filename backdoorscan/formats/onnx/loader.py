@@ -11,13 +11,15 @@ from torch import Tensor
 from backdoorscan.artifact import Artifact
 from backdoorscan.errors import ArtifactError, UnsupportedModelError, UsageError
 from backdoorscan.files import write_whole
-from backdoorscan.formats.goodnet import is_goodnet
+from backdoorscan.formats.onnx import fallback
 from backdoorscan.formats.onnx.network import BuiltNetwork, build
-from backdoorscan.formats.onnx.parse import ParsedOnnx, parse
+from backdoorscan.formats.onnx.parse import ParsedOnnx, companions, parse
+from backdoorscan.formats.onnx.plain import GOODNET
 from backdoorscan.formats.onnx.recognise import is_onnx
 from backdoorscan.formats.onnx.sizes import another_size, layout_of, sizes
 from backdoorscan.formats.onnx.verify import compare
 from backdoorscan.formats.onnx.write import with_weights
+from backdoorscan.formats.sandbox import facts, run_apart
 from backdoorscan.plugin.hookspecs import hookimpl
 from backdoorscan.plugin.loader import LoadedNetwork, Loader
 
@@ -26,12 +28,24 @@ class Onnx(Loader):
     """ONNX classifiers of opset 7 and later, read as data and compared with onnxruntime."""
 
     id = "onnx"
-    summary = "ONNX classifiers (.onnx), weights inside the file"
+    summary = "ONNX classifiers (.onnx), weights inside the file or beside it"
     suffix = ".onnx"
 
     def accepts(self, artifact: Artifact) -> bool:
         """Whether the content is an ONNX model."""
         return is_onnx(artifact.data)
+
+    def companions(self, artifact: Artifact) -> Sequence[str]:
+        """Names of the files beside the artifact in which it keeps arrays.
+
+        Raises:
+            ArtifactError: The file is broken.
+            UnsafeModelError: One is not in the artifact's folder.
+        """
+        # Every such file has this word in it; the others need not be parsed for their sake.
+        if b"location" not in artifact.data:
+            return ()
+        return run_apart(companions, artifact.data, str(artifact.path), name=str(artifact.path))
 
     def load(self, artifact: Artifact, arch: str | None) -> LoadedNetwork:
         """Read the network.
@@ -46,17 +60,18 @@ class Onnx(Loader):
         """
         if arch is not None:
             raise UsageError(f"{artifact.path} holds its own architecture.", hint="Leave --arch out.")
-        parsed, built, shape = _read(artifact)
-        model = parsed.model
+        parsed, built, shape, converter = _read(artifact)
         return LoadedNetwork(
             network=built.network,
             input_shape=(shape[2], shape[0], shape[1]) if built.layout == "NHWC" else shape,
             layout=built.layout,
             num_classes=built.num_classes,
             details={
-                "framework": f"{model.producer_name} {model.producer_version}".strip() or "unknown",
+                "framework": parsed.producer or "unknown",
                 "opset": parsed.opset,
                 "graph_logic": list(built.logic),
+                **({"converted_by": converter} if converter else {}),
+                **facts(),
             },
         )
 
@@ -73,10 +88,10 @@ class Onnx(Loader):
             ArtifactError: A tensor is unknown, has another shape, or is not stored in the file.
             OutputError: The new file could not be written.
         """
-        _, built, _ = _read(artifact)
+        _, built, *_ = _read(artifact)
         data = with_weights(artifact, built, weights)
         # What is written must read back: a repair that cannot be loaded is none.
-        _, again, _ = _read(Artifact(path, data, ""))
+        _, again, *_ = _read(Artifact(path, data, ""))
         known = again.network.state_dict()
         for name, tensor in weights.items():
             if not torch.allclose(known[name], tensor.detach().cpu(), rtol=1e-2, atol=1e-4, equal_nan=True):
@@ -84,15 +99,16 @@ class Onnx(Loader):
         write_whole(path, data)
 
 
-def _read(artifact: Artifact) -> tuple[ParsedOnnx, BuiltNetwork, tuple[int | None, ...]]:
-    """The file, its network, and the shape of the images it takes in the file's order of axes."""
-    if is_goodnet(artifact):
+def _read(artifact: Artifact) -> tuple[ParsedOnnx, BuiltNetwork, tuple[int | None, ...], str | None]:
+    """The file, its network, the shape of the images it takes in the file's order of axes, and a foreign converter."""
+    name = str(artifact.path)
+    parsed = run_apart(parse, artifact.data, artifact.parts, name, name=name)
+    if GOODNET in parsed.metadata:
         raise UnsupportedModelError(
             f"{artifact.path} is a GoodNet that backdoorscan wrote.",
             why="It is made of a network and its repaired twin.",
             hint="Use `backdoorscan evaluate` or `backdoorscan predict` on it; scan the repaired network instead.",
         )
-    parsed = parse(artifact.data, str(artifact.path))
     layout = layout_of(parsed)
     found: list[BuiltNetwork] = []
     failure: UnsupportedModelError | None = None
@@ -106,19 +122,23 @@ def _read(artifact: Artifact) -> tuple[ParsedOnnx, BuiltNetwork, tuple[int | Non
             continue
         if len(found) == 2:
             break
+    if not found and (converter := fallback.installed()):
+        converted = fallback.convert(artifact, parsed, layout)
+        if converted is not None:
+            return parsed, converted, converted.size, converter
     if not found:
         raise failure or UnsupportedModelError(f"{artifact.path} fits images of no usual size.")
     for built in found:
-        compare(parsed, built)
+        compare(artifact, parsed, built)
     if len(found) == 1:
-        return parsed, found[0], found[0].size
+        return parsed, found[0], found[0].size, None
     if not _same(*found):
         raise UnsupportedModelError(
             f"{artifact.path} leaves the size of its images open and computes with it.",
             hint="Export it with a fixed height and width.",
         )
     first, second = (built.size for built in found)
-    return parsed, found[0], tuple(a if a == b else None for a, b in zip(first, second, strict=True))
+    return parsed, found[0], tuple(a if a == b else None for a, b in zip(first, second, strict=True)), None
 
 
 def _same(left: BuiltNetwork, right: BuiltNetwork) -> bool:

@@ -7,7 +7,7 @@ import math
 import operator
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from backdoorscan.formats.onnx.batch import BATCH, Images, shown
 from backdoorscan.formats.onnx.calls import HINT, NodeCall
 from backdoorscan.formats.onnx.limits import Limits
 from backdoorscan.formats.onnx.operators import run_operator
-from backdoorscan.formats.onnx.parse import Node, ParsedOnnx
+from backdoorscan.formats.onnx.parse import Node, ParsedOnnx, Subgraph
 from backdoorscan.formats.onnx.values import Const, Operand, Origin, Value, to_tensor
 from backdoorscan.plugin.loader import Layout
 
@@ -75,6 +75,12 @@ def build(parsed: ParsedOnnx, size: tuple[int, ...], layout: Layout) -> BuiltNet
     scores = builder.values[parsed.output]
     if not isinstance(scores, Value):
         raise UnsupportedModelError("The model's scores do not depend on its input.", hint="Do not use this file.")
+    if scores.single:
+        raise UnsupportedModelError(
+            "The model picks images out of a batch.",
+            why="It returns the scores of one alone.",
+            hint="Export it with a dynamic batch.",
+        )
     result = scores.node
     if len(scores.shape) > 2 and math.prod(scores.shape[1:]) == max(scores.shape[1:]):
         result = builder.graph.call_function(torch.flatten, (result, 1))
@@ -132,9 +138,7 @@ class NetworkBuilder:
         self._constants: dict[Any, fx.Node] = {}
         self._names: dict[str, int] = {}
         self._kept: list[Const] = []  # so that no id is given twice
-        for node in parsed.nodes:
-            for name in {name for name in node.inputs if name}:
-                self.users[name].append(node)
+        self._use(parsed.nodes)
         for name in parsed.initializers() & {*self.users, parsed.output}:
             self.values[name] = Const(to_tensor(parsed.stored(name)), Origin(name))
         self.limits = Limits(sum(const.tensor.numel() for const in self.values.values() if isinstance(const, Const)))
@@ -142,10 +146,38 @@ class NetworkBuilder:
     def run(self, image: Value) -> None:
         """Add all nodes to the graph: constants first, since layers look for those behind them."""
         self.values[self.parsed.input.name] = image
-        varying = {self.parsed.input.name}
+        self._run_all(self.parsed.nodes)
+
+    def branch(self, part: Subgraph) -> list[Operand]:
+        """Add a subgraph, which sees the values around it, and return what it gives back.
+
+        Raises:
+            UnsupportedModelError: It holds something that can't be represented exactly, or takes inputs.
+        """
+        if part.inputs:
+            raise UnsupportedModelError("A branch of the model takes inputs of its own.", hint=HINT)
+        outer = self.values, self.users, self.merged
+        self.values, self.merged = dict(self.values), dict(self.merged)
+        self.users = defaultdict(list, {name: list(users) for name, users in self.users.items()})
+        for name, array in part.arrays.items():
+            self.values[name] = Const(to_tensor(array))
+        # What it gives back is used by something that is no operator.
+        self._use((*part.nodes, Node("", "", "", part.outputs, (), {})))
+        self._run_all(part.nodes)
+        results = [self.values[name] for name in part.outputs]
+        self.values, self.users, self.merged = outer
+        return results
+
+    def _use(self, nodes: Sequence[Node]) -> None:
+        for node in nodes:
+            for name in {name for name in (*node.inputs, *node.captured) if name}:
+                self.users[name].append(node)
+
+    def _run_all(self, nodes: Sequence[Node]) -> None:
+        varying = {name for name, value in self.values.items() if isinstance(value, Value)}
         later: list[Node] = []
-        for node in self.parsed.nodes:
-            if varying.intersection(node.inputs):
+        for node in nodes:
+            if varying.intersection((*node.inputs, *node.captured)):
                 varying.update(node.outputs)
                 later.append(node)
             else:

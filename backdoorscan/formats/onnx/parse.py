@@ -1,104 +1,31 @@
-"""The first stage: the bytes of an ONNX file to nodes and arrays, as data. Needs no torch."""
+"""The first stage: the bytes of an ONNX file to nodes and arrays, as plain data. Needs no torch, and runs apart."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import onnx
-from numpy.typing import NDArray
 
 from backdoorscan.errors import ArtifactError, BackdoorscanError, UnsafeModelError, UnsupportedModelError
-from backdoorscan.formats.onnx.tensors import AGAIN, FLOATS, decode
+from backdoorscan.formats.onnx.plain import Attribute, ImageInput, Node, ParsedOnnx, Subgraph
+from backdoorscan.formats.onnx.tensors import AGAIN, FLOATS, Store, locations
+
+__all__ = ["Attribute", "ImageInput", "Node", "ParsedOnnx", "Subgraph", "companions", "parse", "read_message"]
 
 OLDEST_OPSET = 7
 _MAX_NODES = 20_000
+_MAX_NESTING = 16
+_HOLDS_GRAPHS = {onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS}
+_HALVES = {onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16}
 
 
-@dataclass(frozen=True)
-class Node:
-    """One operator of the file.
-
-    Attributes:
-        op: Its type, e.g. ``"Conv"``.
-        name: As the file gives it; may be empty.
-        domain: Empty for the standard operators.
-        inputs: Names of values; an empty one is an input left out.
-        outputs: Likewise.
-        attributes: Its settings, not yet decoded.
-    """
-
-    op: str
-    name: str
-    domain: str
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-    attributes: Mapping[str, onnx.AttributeProto] = field(repr=False)
-
-    def __str__(self) -> str:
-        return f"{self.op} '{self.name or next(iter(self.outputs), '')}'"
-
-
-@dataclass(frozen=True)
-class ImageInput:
-    """The file's input.
-
-    Attributes:
-        name: Its name.
-        batch: The number of images the file is fixed to, or ``None``.
-        shape: Of one image in the file's order of axes; ``None`` where a size is open.
-        element: Type of its elements, as ONNX numbers them.
-    """
-
-    name: str
-    batch: int | None
-    shape: tuple[int | None, ...]
-    element: int
-
-
-@dataclass(frozen=True)
-class ParsedOnnx:
-    """What a file says.
-
-    Attributes:
-        model: The file's message.
-        nodes: In the file's order; only those the scores depend on.
-        input: The image.
-        output: Name of the scores.
-        opset: Version of the standard operators.
-        size: Bytes of the file.
-    """
-
-    model: onnx.ModelProto = field(repr=False)
-    nodes: tuple[Node, ...] = field(repr=False)
-    input: ImageInput
-    output: str
-    opset: int
-    size: int
-    _tensors: Mapping[str, onnx.TensorProto] = field(repr=False)
-    _arrays: dict[str, NDArray[Any]] = field(default_factory=dict, repr=False)
-
-    def initializers(self) -> set[str]:
-        """Names of the arrays that the file stores."""
-        return set(self._tensors)
-
-    def stored(self, name: str) -> NDArray[Any]:
-        """An array as the file stores it; not to be changed.
-
-        Raises:
-            ArtifactError: It is broken, of an unknown type, or in another file.
-        """
-        if name not in self._arrays:
-            self._arrays[name] = decode(self._tensors[name], name, self.size)
-        return self._arrays[name]
-
-
-def parse(data: bytes, name: str) -> ParsedOnnx:
+def parse(data: bytes, parts: Mapping[str, bytes], name: str) -> ParsedOnnx:
     """Read an ONNX file.
 
     Args:
         data: The file's bytes.
+        parts: Its companions, which hold arrays: names relative to its folder -> bytes.
         name: What to call the file in errors.
 
     Raises:
@@ -106,17 +33,44 @@ def parse(data: bytes, name: str) -> ParsedOnnx:
         UnsafeModelError: Reading it would touch other files or exhaust the memory.
         UnsupportedModelError: It needs what this reader lacks.
     """
+    model = read_message(data, name)
     try:
-        return _parsed(onnx.load_model_from_string(data), len(data), name)
+        return _parsed(model, Store(len(data), parts), name)
     except BackdoorscanError:
         raise
-    except Exception as error:  # the parser of the format, and text that is none
-        raise ArtifactError(
-            f"{name} is not a readable ONNX file.", why=f"{type(error).__name__}: {str(error)[:200]}", hint=AGAIN
-        ) from error
+    except Exception as error:  # text that is none, and whatever else a damaged message holds
+        raise _unreadable(name, error) from error
 
 
-def _parsed(model: onnx.ModelProto, size: int, name: str) -> ParsedOnnx:
+def companions(data: bytes, name: str) -> list[str]:
+    """Names of the files beside an ONNX file in which it keeps arrays, relative to its folder.
+
+    Raises:
+        ArtifactError: The file is broken.
+        UnsafeModelError: One is not in its folder.
+    """
+    return locations(read_message(data, name))
+
+
+def read_message(data: bytes, name: str) -> onnx.ModelProto:
+    """The file as the format's message.
+
+    Raises:
+        ArtifactError: It is none.
+    """
+    try:
+        return onnx.load_model_from_string(data)
+    except Exception as error:  # the parser has no common class of errors
+        raise _unreadable(name, error) from error
+
+
+def _unreadable(name: str, error: Exception) -> ArtifactError:
+    return ArtifactError(
+        f"{name} is not a readable ONNX file.", why=f"{type(error).__name__}: {str(error)[:200]}", hint=AGAIN
+    )
+
+
+def _parsed(model: onnx.ModelProto, store: Store, name: str) -> ParsedOnnx:
     graph = model.graph
     opset = max((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), default=1)
     if opset < OLDEST_OPSET:
@@ -125,55 +79,144 @@ def _parsed(model: onnx.ModelProto, size: int, name: str) -> ParsedOnnx:
             why=f"This reader knows them from version {OLDEST_OPSET} on (2017).",
             hint="Convert it: onnx.version_converter.convert_version(onnx.load('model.onnx'), 13).",
         )
-    if len(graph.node) > _MAX_NODES:
+    count = sum(len(part.node) for part in _graphs(graph, name))
+    if count > _MAX_NODES:
         raise UnsafeModelError(
-            f"{name} was refused: it has {len(graph.node):,} operators.",
+            f"{name} was refused: it has {count:,} operators.",
             why="Networks that others use have a few thousand at most.",
             hint="Do not use this file.",
         )
-    if graph.sparse_initializer:
+    if any(part.sparse_initializer for part in _graphs(graph, name)):
         raise UnsupportedModelError(f"{name} stores sparse arrays.", hint="Export it with dense ones.")
     _check_text(model, name)
     tensors = {tensor.name: tensor for tensor in graph.initializer}
-    nodes = [_node(node) for node in graph.node]
-    defined = [*tensors, *(out for node in nodes for out in node.outputs if out)]
-    if len(defined) != len(set(defined)) or len(tensors) != len(graph.initializer):
-        raise ArtifactError(f"{name} is broken: it gives two values one name.", hint=AGAIN)
-    output = _output(graph, nodes, name)
-    ordered = _ordered(nodes, output, set(tensors) | {entry.name for entry in graph.input}, name)
-    used = {source for node in ordered for source in node.inputs} | {output}
+    output = _output(graph, name)
+    nodes = _read_nodes(graph, [output], set(tensors) | {entry.name for entry in graph.input}, store, name)
+    used = {source for node in nodes for source in (*node.inputs, *node.captured)} | {output}
     images = [entry for entry in graph.input if entry.name not in tensors and entry.name in used]
     if len(images) != 1:
         raise UnsupportedModelError(
             f"{name} has {len(images)} inputs that its scores depend on.",
             hint="backdoorscan reads classifiers: one image in, one score per class out. Export that part alone.",
         )
-    return ParsedOnnx(model, ordered, _image(images[0], name), output, opset, size, tensors)
+    return ParsedOnnx(
+        nodes=nodes,
+        input=_image(images[0], name),
+        output=output,
+        opset=opset,
+        size=store.limit,
+        producer=f"{model.producer_name} {model.producer_version}".strip(),
+        metadata={str(entry.key): str(entry.value) for entry in model.metadata_props},
+        halves=any(tensor.data_type in _HALVES for tensor in graph.initializer),
+        arrays={key: store.read(tensor, key) for key, tensor in tensors.items() if key in used},
+    )
+
+
+def _graphs(graph: onnx.GraphProto, name: str, depth: int = 0) -> Iterator[onnx.GraphProto]:
+    """A graph and all those inside its operators.
+
+    Raises:
+        UnsafeModelError: They lie too deep in each other.
+    """
+    if depth > _MAX_NESTING:
+        raise UnsafeModelError(
+            f"{name} was refused: its operators hold each other more than {_MAX_NESTING} levels deep.",
+            hint="Do not use this file.",
+        )
+    yield graph
+    for node in graph.node:
+        for attribute in node.attribute:
+            for inner in (attribute.g, *attribute.graphs) if attribute.type in _HOLDS_GRAPHS else ():
+                yield from _graphs(inner, name, depth + 1)
 
 
 def _check_text(model: onnx.ModelProto, name: str) -> None:
     """Bytes that are no text come out of the message as bytes."""
-    graph = model.graph
     texts = [model.producer_name, model.producer_version]
-    texts += [entry.name for entry in (*graph.initializer, *graph.input, *graph.output)]
-    for node in graph.node:
-        texts += [node.op_type, node.name, node.domain, *node.input, *node.output]
-        texts += [attribute.name for attribute in node.attribute]
+    for graph in _graphs(model.graph, name):
+        texts += [entry.name for entry in (*graph.initializer, *graph.input, *graph.output)]
+        for node in graph.node:
+            texts += [node.op_type, node.name, node.domain, *node.input, *node.output]
+            texts += [text for attribute in node.attribute for text in (attribute.name, attribute.ref_attr_name)]
     if not all(isinstance(text, str) for text in texts):
         raise ArtifactError(f"{name} is broken: it holds names that are no text.", hint=AGAIN)
 
 
-def _node(node: onnx.NodeProto) -> Node:
-    domain = "" if node.domain == "ai.onnx" else node.domain
-    attributes = {attribute.name: attribute for attribute in node.attribute}
-    return Node(node.op_type, node.name, domain, tuple(node.input), tuple(node.output), attributes)
+def _read_nodes(
+    graph: onnx.GraphProto, outputs: Sequence[str], given: set[str], store: Store, name: str
+) -> tuple[Node, ...]:
+    """The nodes of a graph that its outputs depend on, in order.
+
+    Args:
+        graph: The message.
+        outputs: What is wanted of it.
+        given: Names of values that are there without it.
+        store: Where its arrays are.
+        name: What to call the file in errors.
+    """
+    messages = list(graph.node)
+    nodes = [_node(message) for message in messages]
+    defined = [*(tensor.name for tensor in graph.initializer), *(out for node in nodes for out in node.outputs if out)]
+    if len(defined) != len(set(defined)):
+        raise ArtifactError(f"{name} is broken: it gives two values one name.", hint=AGAIN)
+    known = {id(node): message for node, message in zip(nodes, messages, strict=True)}
+    ordered = _ordered(nodes, outputs, given, name)
+    there = given | set(defined)
+
+    def settings(node: Node) -> dict[str, Attribute]:
+        return {item.name: _attribute(item, str(node), there, store, name) for item in known[id(node)].attribute}
+
+    return tuple(replace(node, attributes=settings(node)) for node in ordered)
 
 
-def _output(graph: onnx.GraphProto, nodes: list[Node], name: str) -> str:
+def _node(message: onnx.NodeProto) -> Node:
+    """A node whose settings are not read yet."""
+    domain = "" if message.domain == "ai.onnx" else message.domain
+    captured: dict[str, None] = {}
+    for attribute in message.attribute:
+        if attribute.type == onnx.AttributeProto.GRAPH:
+            captured |= dict.fromkeys(_free(attribute.g))
+    return Node(message.op_type, message.name, domain, tuple(message.input), tuple(message.output), {}, tuple(captured))
+
+
+def _free(graph: onnx.GraphProto) -> Iterator[str]:
+    """Names that a subgraph uses and does not define."""
+    own = {entry.name for entry in (*graph.input, *graph.initializer)} | {o for node in graph.node for o in node.output}
+    for node in graph.node:
+        inner = _node(node)
+        yield from (name for name in (*inner.inputs, *inner.captured) if name and name not in own)
+    yield from (entry.name for entry in graph.output if entry.name not in own)
+
+
+def _attribute(message: onnx.AttributeProto, node: str, given: set[str], store: Store, name: str) -> Attribute:
+    array = message.t if message.type == onnx.AttributeProto.TENSOR else None
+    graph = message.g if message.type == onnx.AttributeProto.GRAPH else None
+    return Attribute(
+        type=message.type,
+        i=message.i,
+        f=message.f,
+        s=message.s,
+        t=None if array is None else store.read(array, array.name or node),
+        g=None if graph is None else _subgraph(graph, given, store, name),
+        ints=tuple(message.ints),
+        floats=tuple(message.floats),
+        strings=tuple(message.strings),
+        ref_attr_name=message.ref_attr_name,
+    )
+
+
+def _subgraph(graph: onnx.GraphProto, given: set[str], store: Store, name: str) -> Subgraph:
+    inputs, outputs = (tuple(entry.name for entry in entries) for entries in (graph.input, graph.output))
+    arrays = {tensor.name: store.read(tensor, tensor.name) for tensor in graph.initializer}
+    nodes = _read_nodes(graph, outputs, given | set(inputs) | set(arrays), store, name)
+    return Subgraph(nodes, inputs, outputs, arrays)
+
+
+def _output(graph: onnx.GraphProto, name: str) -> str:
     """The scores: the only output, or the only one that may hold them."""
     scores = [entry.name for entry in graph.output]
     if len(scores) > 1:
-        whole = {out for node in nodes if node.op in ("ArgMax", "TopK") for out in node.outputs}
+        whole = {out for node in graph.node if node.op_type in ("ArgMax", "TopK") for out in node.output}
         scores = [
             entry.name
             for entry in graph.output
@@ -199,8 +242,8 @@ def _image(entry: onnx.ValueInfoProto, name: str) -> ImageInput:
     return ImageInput(entry.name, dims[0], tuple(dims[1:]), kind.elem_type)
 
 
-def _ordered(nodes: list[Node], output: str, given: set[str], name: str) -> tuple[Node, ...]:
-    """The nodes that ``output`` depends on, each behind what it needs."""
+def _ordered(nodes: Sequence[Node], outputs: Sequence[str], given: set[str], name: str) -> list[Node]:
+    """The nodes that ``outputs`` depend on, each behind what it needs."""
     makers = {out: node for node in nodes for out in node.outputs if out}
     order: list[Node] = []
     state: dict[str, bool] = {}  # by first output: False while its inputs are looked at, True when it is in place
@@ -215,18 +258,19 @@ def _ordered(nodes: list[Node], output: str, given: set[str], name: str) -> tupl
         key = next(out for out in node.outputs if out)
         if key not in state:
             state[key] = False
-            stack.append((node, iter(node.inputs)))
+            stack.append((node, iter((*node.inputs, *node.captured))))
         elif not state[key]:
             raise ArtifactError(f"{name} is broken: its operator {node} depends on itself.", hint=AGAIN)
 
-    visit(output)
-    while stack:
-        node, inputs = stack[-1]
-        value = next(inputs, None)
-        if value is not None:
-            visit(value)
-            continue
-        stack.pop()
-        state[next(out for out in node.outputs if out)] = True
-        order.append(node)
-    return tuple(order)
+    for output in outputs:
+        visit(output)
+        while stack:
+            node, inputs = stack[-1]
+            value = next(inputs, None)
+            if value is not None:
+                visit(value)
+                continue
+            stack.pop()
+            state[next(out for out in node.outputs if out)] = True
+            order.append(node)
+    return order

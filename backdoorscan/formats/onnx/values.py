@@ -73,11 +73,13 @@ class Value:
         node: What computes it.
         meta: Its shape and type; see ``batch`` for the number of images.
         source: For a permutation: the value before it, and the order of axes.
+        single: Whether the file has no axis for the images here, as it means one alone: the first axis is then ours.
     """
 
     node: fx.Node
     meta: Tensor = field(repr=False)
     source: tuple[Value, tuple[int, ...]] | None = None
+    single: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""Compares a converted network with onnxruntime, the reference for what a file means."""
+"""Compares a converted network with what onnxruntime makes of the file."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import torch
 from numpy.typing import NDArray
 
 from backdoorscan import graph
+from backdoorscan.artifact import Artifact
 from backdoorscan.errors import UnsupportedModelError
 from backdoorscan.formats.onnx.network import BuiltNetwork
 from backdoorscan.formats.onnx.parse import ParsedOnnx
+from backdoorscan.formats.onnx.reference import run
+from backdoorscan.formats.sandbox import run_apart
 
 _TOLERANCE = 1e-4
 _HALF_TOLERANCE = 2e-2
@@ -24,19 +26,19 @@ _ELEMENTS: Mapping[int, type[np.generic]] = {
     onnx.TensorProto.DOUBLE: np.float64,
     onnx.TensorProto.UINT8: np.uint8,
 }
-_HALVES = {onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16}
 _ENDINGS = {"Softmax", "LogSoftmax", "Sigmoid", "Identity", "Dropout", "Reshape", "Flatten", "Squeeze"}
 _HINT = "Please report this with the model's architecture."
 
 
-def compare(parsed: ParsedOnnx, built: BuiltNetwork) -> None:
+def compare(artifact: Artifact, parsed: ParsedOnnx, built: BuiltNetwork) -> None:
     """Check on random images that the network computes what onnxruntime does.
 
     The scores are compared, and what comes before a final softmax, which would hide differences. Files for a fixed
     number of images are run piece by piece, so that the network's own batches are checked too.
 
     Args:
-        parsed: The file.
+        artifact: The file.
+        parsed: What it says.
         built: The network.
 
     Raises:
@@ -51,14 +53,16 @@ def compare(parsed: ParsedOnnx, built: BuiltNetwork) -> None:
         -1, *[1] * len(built.size)
     )
     inputs = images.astype(element)
-    names = [name for name in dict.fromkeys((parsed.output, _before_ending(parsed))) if name in built.nodes]
-    try:
-        session = _session(reduced(parsed, names))
-        pieces = [session.run(names, {parsed.input.name: part}) for part in np.split(inputs, 2)]
-    except Exception as error:  # onnxruntime has a class for every kind of failure, and no common one
-        raise UnsupportedModelError(
-            "onnxruntime cannot run the model.", why=str(error).strip().splitlines()[0][:200], hint="Export it again."
-        ) from error
+    names = [name for name in dict.fromkeys((parsed.output, before_ending(parsed))) if name in built.nodes]
+    pieces = run_apart(
+        run,
+        artifact.data,
+        artifact.parts,
+        *part_of(parsed),
+        names,
+        np.split(inputs, 2),
+        name=str(artifact.path),
+    )
     tensor = torch.from_numpy(inputs.astype(np.float32))
     nodes = [built.nodes[name] for name in names]
     try:
@@ -67,10 +71,14 @@ def compare(parsed: ParsedOnnx, built: BuiltNetwork) -> None:
         raise UnsupportedModelError(
             "The model cannot be run.", why=str(error).strip().splitlines()[0][:200], hint="Export it again."
         ) from error
-    half = any(tensor.data_type in _HALVES for tensor in parsed.model.graph.initializer)
-    tolerance = _HALF_TOLERANCE if half or element is np.float16 else _TOLERANCE
+    tolerance = _HALF_TOLERANCE if parsed.halves or element is np.float16 else _TOLERANCE
     for node, parts in zip(nodes, zip(*pieces, strict=True), strict=True):
         _check(found[node].numpy(), parts, tolerance)
+
+
+def part_of(parsed: ParsedOnnx) -> tuple[list[str], list[str], str]:
+    """What was read of a file, as ``reference`` wants it: nodes by their first outputs, arrays, and the input."""
+    return [next(filter(None, node.outputs)) for node in parsed.nodes], sorted(parsed.arrays), parsed.input.name
 
 
 def _check(actual: NDArray[Any], parts: tuple[NDArray[Any], ...], tolerance: float) -> None:
@@ -96,33 +104,10 @@ def _check(actual: NDArray[Any], parts: tuple[NDArray[Any], ...], tolerance: flo
         )
 
 
-def _before_ending(parsed: ParsedOnnx) -> str:
+def before_ending(parsed: ParsedOnnx) -> str:
     """The value that a final activation is made from."""
     makers = {node.outputs[0]: node for node in parsed.nodes}
     name = parsed.output
     while name in makers and makers[name].op in _ENDINGS and makers[name].inputs:
         name = makers[name].inputs[0]
     return name
-
-
-def reduced(parsed: ParsedOnnx, outputs: list[str]) -> bytes:
-    """A model of only those nodes and arrays that were read, so that onnxruntime meets nothing else."""
-    source = parsed.model.graph
-    model = onnx.ModelProto(ir_version=parsed.model.ir_version, opset_import=parsed.model.opset_import)
-    used = {name for node in parsed.nodes for name in node.inputs} | {parsed.output}
-    model.graph.name = "model"
-    protos = {next(out for out in node.output if out): node for node in source.node if any(node.output)}
-    model.graph.node.extend(protos[next(out for out in node.outputs if out)] for node in parsed.nodes)
-    model.graph.initializer.extend(tensor for tensor in source.initializer if tensor.name in used)
-    model.graph.input.extend(entry for entry in source.input if entry.name in used)
-    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in outputs)
-    return bytes(model.SerializeToString())
-
-
-def _session(data: bytes) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    options.log_severity_level = 4
-    # Falling back means to print to stdout and to try the same again.
-    return onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"], enable_fallback=0)

@@ -6,20 +6,19 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import onnx
 from numpy.typing import NDArray
-from onnx import numpy_helper
 from torch import Tensor
 
 from backdoorscan.artifact import Artifact
 from backdoorscan.errors import ArtifactError
 from backdoorscan.formats.changes import changed_tensors
 from backdoorscan.formats.onnx.network import BuiltNetwork
-from backdoorscan.formats.onnx.tensors import decode
+from backdoorscan.formats.onnx.replace import replaced
+from backdoorscan.formats.sandbox import run_apart
 
 
 def with_weights(artifact: Artifact, built: BuiltNetwork, weights: Mapping[str, Tensor]) -> bytes:
-    """The artifact's bytes with the arrays of changed tensors replaced.
+    """The artifact's bytes with the arrays of changed tensors replaced, and those of its companions inside.
 
     Args:
         artifact: The original file, from which ``built`` was read.
@@ -34,24 +33,14 @@ def with_weights(artifact: Artifact, built: BuiltNetwork, weights: Mapping[str, 
     for name, tensor in changed_tensors(artifact, built.network.state_dict(), weights, built.origins, why).items():
         origin = built.origins[name]
         changed.setdefault(origin.name, origin.to_file(_array(tensor)))
-    if not changed:
+    if not changed and not artifact.parts:
         return artifact.data
     for name in weights.keys() & built.origins.keys():
         place = built.origins[name]
         if place.name in changed and not _equal(place.to_file(_array(weights[name])), changed[place.name]):
             raise _shared(name)
-    model = onnx.load_model_from_string(artifact.data)
-    for proto in _stored(model, changed):
-        _replace(proto, changed[proto.name], len(artifact.data))
-    for node in model.graph.node:
-        if node.op_type == "Constant" and node.output[0] in changed:
-            (attribute,) = (attribute for attribute in node.attribute if attribute.name == "value")
-            _replace(attribute.t, changed[node.output[0]], len(artifact.data))
-    return bytes(model.SerializeToString())
-
-
-def _stored(model: onnx.ModelProto, names: Mapping[str, object]) -> list[onnx.TensorProto]:
-    return [tensor for tensor in model.graph.initializer if tensor.name in names]
+    name = str(artifact.path)
+    return run_apart(replaced, artifact.data, artifact.parts, changed, name, name=name)
 
 
 def _shared(name: str) -> ArtifactError:
@@ -69,19 +58,3 @@ def _equal(a: NDArray[Any], b: NDArray[Any]) -> bool:
 def _array(tensor: Tensor) -> NDArray[Any]:
     array: NDArray[Any] = tensor.detach().cpu().contiguous().numpy()
     return array
-
-
-def _replace(proto: onnx.TensorProto, new: NDArray[Any], limit: int) -> None:
-    old = decode(proto, proto.name, limit)
-    # Where the file stores more digits than float32 holds, values that did not change keep them.
-    with np.errstate(over="ignore"):
-        values = np.where(old.astype(np.float32) == new, old, new.astype(old.dtype)).astype(old.dtype)
-    if np.isfinite(new).all() and not np.isfinite(values.astype(np.float32)).all():
-        raise ArtifactError(
-            f"'{proto.name}' cannot be written: it has values beyond the range of {old.dtype}, the file's own type.",
-            hint="Convert the model to float32 first.",
-        )
-    fresh = numpy_helper.from_array(values)
-    for field in ("float_data", "int32_data", "double_data"):
-        proto.ClearField(field)
-    proto.raw_data = fresh.raw_data

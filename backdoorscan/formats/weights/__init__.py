@@ -1,15 +1,21 @@
-"""Weights without an architecture: PyTorch state dicts and safetensors, with the architecture from ``--arch``."""
+"""Weights without an architecture: PyTorch state dicts, safetensors and Hugging Face folders, with ``--arch``."""
+
+from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from backdoorscan.formats.weights.loader import Safetensors, TorchStateDict
 from backdoorscan.plugin.hookspecs import hookimpl
-from backdoorscan.plugin.loader import Loader
 
-__all__ = ["Safetensors", "TorchStateDict"]
+if TYPE_CHECKING:
+    from backdoorscan.plugin.loader import Loader
 
 
 @hookimpl
 def backdoorscan_loaders() -> Sequence[type[Loader]]:
     """The formats of this package."""
-    return [Safetensors, TorchStateDict]
+    # Imported here, so that the modules that read a file can be imported without torch.
+    from backdoorscan.formats.weights.huggingface import HuggingFace
+    from backdoorscan.formats.weights.loader import Safetensors, TorchStateDict
+
+    return [Safetensors, TorchStateDict, HuggingFace]

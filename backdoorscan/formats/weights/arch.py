@@ -23,7 +23,10 @@ from torch import nn
 
 from backdoorscan.errors import UsageError
 
-FORM = "Give --arch FILE.py:NAME or package.module:NAME; it is Python code that you trust, for it is executed."
+FORM = (
+    "Give --arch timm:NAME or torchvision:NAME, or FILE.py:NAME or package.module:NAME for Python code that you trust, "
+    "for it is executed."
+)
 """How an architecture is named: the hint of most errors here."""
 
 _KERAS_SUFFIXES = (".h5", ".hdf5", ".keras", ".json")

@@ -4,89 +4,132 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from backdoorscan.artifact import Artifact
-from backdoorscan.errors import ArtifactError, UnsupportedModelError, UsageError
+from backdoorscan.classifier import InputConvention
+from backdoorscan.errors import ArtifactError, UsageError
 from backdoorscan.files import write_whole
+from backdoorscan.formats.sandbox import facts, run_apart
 from backdoorscan.formats.weights import arch as architectures
-from backdoorscan.formats.weights import checkpoint, store, tracing
-from backdoorscan.formats.weights.names import Fit, StateDict, find_state_dicts, fits
+from backdoorscan.formats.weights import archive, checkpoint, graphs, tracing, zoo
+from backdoorscan.formats.weights.contents import StateDict
+from backdoorscan.formats.weights.names import Fit, fits
+from backdoorscan.formats.weights.store import Store, same
 from backdoorscan.plugin.loader import LoadedNetwork, Loader
 
 _SHOWN = 5
 
 
-class _WeightsLoader(Loader):
-    """What both formats have in common: all but the way from bytes to tensors and back."""
+@dataclass(frozen=True)
+class Checkpoint:
+    """The weights of an artifact.
+
+    Attributes:
+        states: Its dictionaries of tensors, the likeliest to be the weights first.
+        files: The files that hold the numbers, by the name that the spans of ``states`` call them by.
+        arch: The architecture that the artifact itself names, as the user would with ``--arch``.
+        settings: Plain values that this architecture is built with.
+        details: What it says of itself, for the report.
+        convention: How it says that images are fed.
+        usual_shape: (C, H, W) of the images that it says the network was trained on.
+    """
+
+    states: Sequence[StateDict]
+    files: Mapping[str, bytes]
+    arch: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    details: Mapping[str, Any] = field(default_factory=dict)
+    convention: InputConvention | None = None
+    usual_shape: tuple[int, int, int] | None = None
+
+
+class WeightsLoader(Loader):
+    """What all formats of weights have in common: a checkpoint in, changed files out."""
 
     @abstractmethod
-    def _read(self, artifact: Artifact) -> Any:
-        """The file's content: tensors inside plain containers."""
+    def checkpoint(self, artifact: Artifact) -> Checkpoint:
+        """The artifact's weights.
+
+        Raises:
+            ArtifactError: It is broken or unsafe.
+        """
 
     @abstractmethod
-    def _copy(
-        self, artifact: Artifact, content: Any, stored: Mapping[str, Tensor], wanted: Mapping[str, Tensor]
-    ) -> bytes:
-        """The file with changed tensors."""
+    def save(self, files: Mapping[str, bytes], path: Path) -> None:
+        """Write the artifact's files with their new content.
+
+        Raises:
+            OutputError: The disk refused.
+        """
 
     def load(self, artifact: Artifact, arch: str | None) -> LoadedNetwork:
-        """Read the weights into the architecture that the user names.
+        """Read the weights into the architecture that the user, or else the artifact, names.
 
         Args:
-            artifact: The file's bytes.
-            arch: ``FILE.py:NAME`` or ``package.module:NAME``: the user's own code, which is executed.
+            artifact: The bytes.
+            arch: ``timm:NAME``, ``torchvision:NAME``, the ``FILE.json`` that ``backdoorscan convert`` wrote, or
+                ``FILE.py:NAME`` or ``package.module:NAME``: the user's own code, which is executed.
 
         Raises:
             UsageError: There is no architecture, or it cannot be built.
             ArtifactError: The file is broken or unsafe, or does not fit the architecture.
         """
-        states = _states(artifact, self._read(artifact))
-        if arch is None:
-            largest = max(states, key=lambda state: len(state.tensors))
+        read = self.checkpoint(artifact)
+        if arch is None and read.arch is None:
+            largest = max(read.states, key=lambda state: len(state.tensors))
             raise UsageError(
                 f"{artifact.path} holds weights, but no architecture.",
-                why=f"Its tensors: {_listing([f'{k} {tuple(t.shape)}' for k, t in largest.tensors.items()])}.",
+                why=f"Its tensors: {_listing([f'{k} {spec.shape}' for k, spec in largest.tensors.items()])}.",
                 hint=architectures.FORM,
             )
-        module = _build(arch)
-        ranked = fits(states, _tensors(module), _aliases(module))
+        if graphs.is_graph(arch):
+            return graphs.load(artifact, str(arch), read.states, read.files)
+        module = _build(arch, read)
+        ranked = fits(read.states, _shapes(module), _aliases(module))
         fit = ranked[0]
         if not fit.exact:
-            raise _misfit(artifact, arch, fit)
-        _fill(artifact, module, fit)
+            raise _misfit(artifact, arch or read.arch, fit)
+        _fill(artifact, module, fit, Store(read.files))
 
         details: dict[str, Any] = {
+            **facts(),
+            **read.details,
             "arch": arch,
             "state_dict": str(fit.state),
             "renamed": any(name != key for name, key in fit.keys.items()),
             "converted_from": sorted(
-                {str(t.dtype) for t in fit.state.tensors.values() if t.is_floating_point()} - {"torch.float32"}
+                {f"torch.{spec.dtype}" for spec in fit.state.tensors.values() if "float" in spec.dtype}
+                - {"torch.float32"}
             ),
             "also_fitting": [str(other.state) for other in ranked[1:] if other.exact],
         }
+        network: nn.Module = module
+        shape: tuple[int | None, ...] | None = None
+        classes: int | None = None
         try:
             traced, compared = tracing.trace(module)
         except tracing.Untraceable as error:
             details |= {"traced": False, "trace_error": str(error)}
-            return LoadedNetwork(module, None, "NCHW", None, details)
-        unused = module.state_dict().keys() - traced.state_dict().keys()
-        details |= {"traced": True, "compared": compared, "unused": sorted(unused)}
-        return LoadedNetwork(traced, tracing.input_shape(traced), "NCHW", tracing.num_classes(traced), details)
+        else:
+            unused = module.state_dict().keys() - traced.state_dict().keys()
+            details |= {"traced": True, "compared": compared, "unused": sorted(unused)}
+            network, shape, classes = traced, tracing.input_shape(traced), tracing.num_classes(traced)
+        return LoadedNetwork(network, shape, "NCHW", classes, details, read.convention, read.usual_shape)
 
     def write(self, artifact: Artifact, weights: Mapping[str, Tensor], path: Path, arch: str | None = None) -> None:
-        """Write a copy of the artifact in which only ``weights`` differ.
+        """Write a copy of the artifact in which only the bytes of changed weights differ.
 
         Args:
-            artifact: The original file.
+            artifact: The original.
             weights: Tensors by their name in the network that ``load`` returned.
-            path: The new file.
+            path: The new file, or folder.
             arch: The architecture that ``load`` was given. With it the same state dict of the checkpoint is
                 found again for certain, and every name of a tied weight; without, the names decide.
 
@@ -94,27 +137,45 @@ class _WeightsLoader(Loader):
             ArtifactError: The file has no such tensor, or cannot hold it.
             OutputError: The new file cannot be written.
         """
-        content = self._read(artifact)
-        states = _states(artifact, content)
+        read = self.checkpoint(artifact)
+        if graphs.is_graph(arch):
+            changes = graphs.changes(artifact, str(arch), read.states, read.files, weights)
+            self._patch(read, changes, path)
+            return
         aliases: dict[str, frozenset[str]] = {}
-        named = weights
-        if arch is not None:
-            module = _build(arch)
-            named, aliases = _tensors(module), _aliases(module)
-        fit = fits(states, named, aliases)[0]
-        if arch is not None and not fit.exact:
-            raise _misfit(artifact, arch, fit)
+        named = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+        exact = arch is not None or read.arch is not None
+        if exact:
+            module = _build(arch, read)
+            named, aliases = _shapes(module), _aliases(module)
+        fit = fits(read.states, named, aliases)[0]
+        if exact and not fit.exact:
+            raise _misfit(artifact, arch or read.arch, fit)
         wanted: dict[str, Tensor] = {}
         for name, new in weights.items():
             keys = [fit.keys[alias] for alias in aliases.get(name, {name}) if alias in fit.keys]
             if not keys and not _is_absent_counter(name, fit):
                 raise _no_place(artifact, name, new, fit)
             wanted |= dict.fromkeys(keys, new)
-        data = self._copy(artifact, content, fit.state.tensors, wanted)
-        write_whole(path, data, hint="Check the folder and the free space.")
+        self._patch(read, Store(read.files).changes(fit.state.tensors, wanted), path)
+
+    def _patch(self, read: Checkpoint, changes: Mapping[str, Mapping[int, bytes]], path: Path) -> None:
+        self.save({name: _patched(data, changes.get(name, {})) for name, data in read.files.items()}, path)
 
 
-class TorchStateDict(_WeightsLoader):
+class _OneFile(WeightsLoader):
+    """A single file of weights."""
+
+    def checkpoint(self, artifact: Artifact) -> Checkpoint:
+        """The file's weights."""
+        return Checkpoint(states_of(artifact.data, str(artifact.path)), {"": artifact.data})
+
+    def save(self, files: Mapping[str, bytes], path: Path) -> None:
+        """Write the file."""
+        write_whole(path, files[""], hint="Check the folder and the free space.")
+
+
+class TorchStateDict(_OneFile):
     """``torch.save`` files: a state dict, or a checkpoint that holds one."""
 
     id = "torch-state-dict"
@@ -123,18 +184,10 @@ class TorchStateDict(_WeightsLoader):
 
     def accepts(self, artifact: Artifact) -> bool:
         """Whether PyTorch wrote it; also what is only accepted to be refused with the reason."""
-        return checkpoint.kind_of(artifact.data) not in (None, "safetensors")
-
-    def _read(self, artifact: Artifact) -> Any:
-        return checkpoint.read_torch(artifact)
-
-    def _copy(
-        self, artifact: Artifact, content: Any, stored: Mapping[str, Tensor], wanted: Mapping[str, Tensor]
-    ) -> bytes:
-        return store.torch_copy(content, stored, wanted)
+        return checkpoint.kind_of(artifact.data) in ("zip", "legacy", "pickle", "torchscript")
 
 
-class Safetensors(_WeightsLoader):
+class Safetensors(_OneFile):
     """safetensors files."""
 
     id = "safetensors"
@@ -145,28 +198,42 @@ class Safetensors(_WeightsLoader):
         """Whether it starts with a safetensors header."""
         return checkpoint.kind_of(artifact.data) == "safetensors"
 
-    def _read(self, artifact: Artifact) -> Any:
-        return checkpoint.read_safetensors(artifact)
 
-    def _copy(
-        self, artifact: Artifact, content: Any, stored: Mapping[str, Tensor], wanted: Mapping[str, Tensor]
-    ) -> bytes:
-        return store.safetensors_copy(artifact.data, stored, wanted)
+def states_of(data: bytes, name: str) -> Sequence[StateDict]:
+    """The dictionaries of tensors in one file of weights, the likeliest to be the weights first.
 
+    Args:
+        data: The file.
+        name: What messages call it.
 
-def _states(artifact: Artifact, content: Any) -> list[StateDict]:
-    states = find_state_dicts(content)
-    if not states:
+    Raises:
+        ArtifactError: It is broken or unsafe, or has none.
+    """
+    parsed = run_apart(checkpoint.parse, data, name, name=name)
+    if not parsed.states:
         raise ArtifactError(
-            f"{artifact.path} holds no dictionary of tensors.",
-            why=f"Its content is a {type(content).__name__}.",
+            f"{name} holds no dictionary of tensors.",
+            why=f"Its content is a {parsed.holds}.",
             hint="Save the weights with torch.save(model.state_dict(), 'weights.pt').",
         )
-    return states
+    return parsed.states
 
 
-def _build(arch: str) -> nn.Module:
-    module = architectures.build(arch)
+def _patched(data: bytes, changes: Mapping[int, bytes]) -> bytes:
+    if changes and data.startswith(archive.MAGIC):
+        return archive.patched(data, changes)
+    copy = bytearray(data)
+    for start, new in changes.items():
+        copy[start : start + len(new)] = new
+    return bytes(copy)
+
+
+def _build(arch: str | None, read: Checkpoint) -> nn.Module:
+    """Build what the user names, or else the artifact with its settings."""
+    settings = {} if arch else read.settings
+    arch = arch or read.arch or ""
+    source, _, name = arch.partition(":")
+    module = zoo.build(source, name, read.states, settings) if source in zoo.ZOOS else architectures.build(arch)
     if any(is_lazy(tensor) for tensor in (*module.parameters(), *module.buffers())):
         raise UsageError(
             f"--arch {arch} has lazy layers, whose sizes are still open.",
@@ -180,6 +247,10 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
     return {name: t for name, t in module.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
 
 
+def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in _tensors(module).items()}
+
+
 def _aliases(module: nn.Module) -> dict[str, frozenset[str]]:
     names: dict[int, list[str]] = defaultdict(list)
     tensors = _tensors(module)
@@ -188,21 +259,19 @@ def _aliases(module: nn.Module) -> dict[str, frozenset[str]]:
     return {name: frozenset(names[id(tensor)]) for name, tensor in tensors.items()}
 
 
-def _fill(artifact: Artifact, module: nn.Module, fit: Fit) -> None:
-    values = {name: fit.state.tensors[key] for name, key in fit.keys.items()}
-    for name, tensor in values.items():
-        if tensor.is_quantized or tensor.is_complex() or tensor.layout != torch.strided:
-            raise UnsupportedModelError(
-                f"{artifact.path}: '{name}' is a quantised, sparse or complex tensor.",
-                hint="Give the float weights that it was made from.",
-            )
+def _fill(artifact: Artifact, module: nn.Module, fit: Fit, stored: Store) -> None:
+    try:
+        values = {name: stored.tensor(name, fit.state.tensors[key]) for name, key in fit.keys.items()}
+    except ArtifactError as error:
+        error.what = f"{artifact.path}: {error.what}"
+        raise
     try:
         # Not strict: the counters of old files and the second names of tied weights may be absent.
         module.load_state_dict(values, strict=False)
     except RuntimeError as error:
         raise ArtifactError(f"{artifact.path} does not load into the architecture.", why=str(error)) from error
     for name, tensor in _tensors(module).items():
-        if name in values and not store.same(values[name].to(tensor.dtype), tensor):
+        if name in values and not same(values[name].to(tensor.dtype), tensor):
             raise ArtifactError(
                 f"{artifact.path}: '{name}' is not what the architecture made of it.",
                 why="It is tied to a tensor that has other values in the file, or the architecture changes it.",
@@ -210,7 +279,7 @@ def _fill(artifact: Artifact, module: nn.Module, fit: Fit) -> None:
             )
 
 
-def _misfit(artifact: Artifact, arch: str, fit: Fit) -> ArtifactError:
+def _misfit(artifact: Artifact, arch: str | None, fit: Fit) -> ArtifactError:
     lines = [
         f"{title}: {_listing(names)}."
         for title, names in (

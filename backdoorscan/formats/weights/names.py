@@ -1,12 +1,16 @@
-"""Which tensors of a checkpoint are the network's, and under which names."""
+"""Which tensors of a checkpoint are the network's, and under which names. No torch here."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
-from torch import Tensor
+from backdoorscan.formats.weights.contents import StateDict
+from backdoorscan.formats.weights.pickles import Leaf
+
+Found: TypeAlias = tuple[tuple[str | int, ...], dict[str, Leaf]]
+"""Keys and indices that lead to a dictionary of tensors from the root of a checkpoint, and its tensors by name."""
 
 # Where training scripts put the weights, likeliest first.
 _LIKELY = ("state_dict", "model_state_dict", "model_state", "model", "net", "network", "weights", "params")
@@ -21,28 +25,13 @@ _HOLDERS = ("model", "net", "network")
 
 
 @dataclass(frozen=True)
-class StateDict:
-    """One dictionary of tensors inside a checkpoint.
-
-    Attributes:
-        where: Keys and indices that lead to it from the root; empty where the checkpoint is the state dict.
-        tensors: Its tensors by their name in the file: the very objects of the checkpoint.
-    """
-
-    where: tuple[str | int, ...]
-    tensors: dict[str, Tensor]
-
-    def __str__(self) -> str:
-        return "".join(f"[{key!r}]" for key in self.where) or "the whole file"
-
-
-@dataclass(frozen=True)
 class Fit:
     """How well a state dict fits a network.
 
     Attributes:
         state: The state dict.
         keys: Names in the file by the names in the network, for the tensors that fit.
+        shapes: The file's shapes by the names in the network, for the tensors that both have.
         missing: Names that the network has and the file lacks.
         unexpected: Names in the file that the network lacks.
         reshaped: ``"name (in the file, in the network)"`` for tensors of another shape.
@@ -50,6 +39,7 @@ class Fit:
 
     state: StateDict
     keys: dict[str, str]
+    shapes: dict[str, tuple[int, ...]]
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
     reshaped: tuple[str, ...]
@@ -60,12 +50,12 @@ class Fit:
         return not (self.missing or self.unexpected or self.reshaped)
 
 
-def find_state_dicts(content: Any) -> list[StateDict]:
+def find_state_dicts(content: Any) -> list[Found]:
     """All dictionaries of tensors in a checkpoint, the likeliest to be the weights first."""
     found = list(_walk(content, (), set()))
 
-    def rank(state: StateDict) -> int:
-        keys = [key for key in state.where if isinstance(key, str)]
+    def rank(state: Found) -> int:
+        keys = [key for key in state[0] if isinstance(key, str)]
         if not keys:
             return -1
         return _LIKELY.index(keys[-1]) if keys[-1] in _LIKELY else len(_LIKELY)
@@ -73,16 +63,16 @@ def find_state_dicts(content: Any) -> list[StateDict]:
     return sorted(found, key=rank)
 
 
-def _walk(content: Any, where: tuple[str | int, ...], seen: set[int]) -> Iterator[StateDict]:
+def _walk(content: Any, where: tuple[str | int, ...], seen: set[int]) -> Iterator[Found]:
     # Each container once: a few nested lists that repeat each other would otherwise take for ever.
     if len(where) > _MAX_DEPTH or id(content) in seen:
         return
     items: list[tuple[Any, Any]]
     if isinstance(content, Mapping):
         items = list(content.items())
-        tensors = {key: value for key, value in items if isinstance(key, str) and isinstance(value, Tensor)}
+        tensors = {key: value for key, value in items if isinstance(key, str) and isinstance(value, Leaf)}
         if tensors:
-            yield StateDict(where, tensors)
+            yield where, tensors
     elif isinstance(content, list | tuple):
         items = list(enumerate(content))
     else:
@@ -94,12 +84,14 @@ def _walk(content: Any, where: tuple[str | int, ...], seen: set[int]) -> Iterato
             yield from _walk(value, (*where, key), seen)
 
 
-def fits(states: list[StateDict], wanted: Mapping[str, Tensor], aliases: Mapping[str, frozenset[str]]) -> list[Fit]:
+def fits(
+    states: Sequence[StateDict], wanted: Mapping[str, tuple[int, ...]], aliases: Mapping[str, frozenset[str]]
+) -> list[Fit]:
     """Fit each state dict to a network with the names that fit it best, the best fit first.
 
     Args:
         states: The candidates, the likeliest first.
-        wanted: The network's ``state_dict()``.
+        wanted: The shapes in the network's ``state_dict()``.
         aliases: For each of its names, all names of the same tensor (tied weights).
     """
     # Both sorts are stable: among equals the likeliest state dict and the plainest names win.
@@ -112,26 +104,28 @@ def _badness(fit: Fit) -> tuple[bool, int, int]:
 
 
 def _fit(
-    state: StateDict, rename: Callable[[str], str], wanted: Mapping[str, Tensor], aliases: Mapping[str, frozenset[str]]
+    state: StateDict,
+    rename: Callable[[str], str],
+    wanted: Mapping[str, tuple[int, ...]],
+    aliases: Mapping[str, frozenset[str]],
 ) -> Fit:
     named = {rename(key): key for key in state.tensors}
     if len(named) < len(state.tensors):
         # Two tensors would get one name.
         named = {key: key for key in state.tensors}
-    keys: dict[str, str] = {}
-    missing: list[str] = []
-    reshaped: list[str] = []
-    for name, tensor in wanted.items():
-        if name not in named:
-            # A counter that old files lack and that inference never reads; or a tied weight, stored once.
-            if not name.endswith("num_batches_tracked") and not any(a in named for a in aliases.get(name, ())):
-                missing.append(name)
-        elif state.tensors[named[name]].shape != tensor.shape:
-            reshaped.append(f"{name} ({tuple(state.tensors[named[name]].shape)}, {tuple(tensor.shape)})")
-        else:
-            keys[name] = named[name]
+    shapes = {name: state.tensors[named[name]].shape for name in wanted if name in named}
+    # A counter that old files lack and that inference never reads may be absent; and a tied weight is stored once.
+    missing = [
+        name
+        for name in wanted
+        if name not in named
+        and not name.endswith("num_batches_tracked")
+        and not any(alias in named for alias in aliases.get(name, ()))
+    ]
+    reshaped = [f"{name} ({shape}, {wanted[name]})" for name, shape in shapes.items() if shape != wanted[name]]
+    keys = {name: named[name] for name, shape in shapes.items() if shape == wanted[name]}
     unexpected = tuple(key for name, key in named.items() if name not in wanted)
-    return Fit(state, keys, tuple(missing), unexpected, tuple(reshaped))
+    return Fit(state, keys, shapes, tuple(missing), unexpected, tuple(reshaped))
 
 
 def _unwrapped(name: str) -> str:

@@ -1,16 +1,109 @@
-"""Changed weights back into a copy of their file."""
+"""Tensors from the bytes of their files, and changed ones back into copies of them."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
-from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from backdoorscan.errors import ArtifactError
-from backdoorscan.formats.weights.checkpoint import safetensors_spans
+from backdoorscan.errors import ArtifactError, UnsupportedModelError
+from backdoorscan.formats.weights.contents import Span, TensorSpec
+
+_DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (
+        torch.float64,
+        torch.float32,
+        torch.float16,
+        torch.bfloat16,
+        torch.float8_e4m3fn,
+        torch.float8_e4m3fnuz,
+        torch.float8_e5m2,
+        torch.float8_e5m2fnuz,
+        torch.int64,
+        torch.int32,
+        torch.int16,
+        torch.int8,
+        torch.uint64,
+        torch.uint32,
+        torch.uint16,
+        torch.uint8,
+        torch.bool,
+    )
+}
+
+
+class Store:
+    """The storages of some files, copied once each, so that tensors which share their memory keep sharing it.
+
+    Args:
+        files: Their content by the name that spans call them by.
+    """
+
+    def __init__(self, files: Mapping[str, bytes]) -> None:
+        self._files = files
+        self._storages: dict[Span, Tensor] = {}
+
+    def tensor(self, name: str, spec: TensorSpec) -> Tensor:
+        """A tensor as a view on its storage.
+
+        Raises:
+            UnsupportedModelError: It is quantised, sparse or complex.
+            ArtifactError: It reaches beyond its storage.
+        """
+        if spec.dtype not in _DTYPES:
+            raise UnsupportedModelError(
+                f"'{name}' is a quantised, sparse or complex tensor.",
+                hint="Give the float weights that it was made from.",
+            )
+        dtype = _DTYPES[spec.dtype]
+        try:
+            storage = self._storage(spec.storage)
+            numbers = storage[: len(storage) // dtype.itemsize * dtype.itemsize].view(dtype)
+            return numbers.as_strided(spec.shape, spec.stride, spec.offset)
+        except (RuntimeError, ValueError, KeyError, TypeError) as error:
+            raise ArtifactError(f"'{name}' does not lie where the file says.", why=str(error)) from error
+
+    def _storage(self, span: Span) -> Tensor:
+        if span not in self._storages:
+            count = span.stop - span.start
+            stretch = np.frombuffer(self._files[span.file], np.uint8, count, span.start) if count else np.empty(0, "u1")
+            self._storages[span] = torch.from_numpy(stretch.copy())
+        return self._storages[span]
+
+    def changes(self, stored: Mapping[str, TensorSpec], wanted: Mapping[str, Tensor]) -> dict[str, dict[int, bytes]]:
+        """What to overwrite where, so that the files hold other values.
+
+        Args:
+            stored: Tensors by their name in the file.
+            wanted: New values by the same names.
+
+        Returns:
+            By file, the new bytes of each storage that changes, by their position.
+
+        Raises:
+            ArtifactError: The file cannot hold a tensor.
+        """
+        tensors = {key: self.tensor(key, stored[key]) for key in wanted}
+        new = changed(tensors, wanted)
+        try:
+            for key, values in new.items():
+                tensors[key].copy_(values)
+        except RuntimeError as error:  # e.g. elements of one tensor that share their memory
+            raise ArtifactError("The changed weights do not fit into the checkpoint.", why=str(error)) from error
+        torn = changed(tensors, {key: values.to(tensors[key].dtype) for key, values in wanted.items()})
+        if torn:
+            raise ArtifactError(
+                f"'{next(iter(torn))}' cannot be written: in the file it shares its memory with another tensor.",
+                why="The repaired network has different values in the two.",
+                hint="Save the checkpoint with tensors of their own (clone them) and repair that.",
+            )
+        result: dict[str, dict[int, bytes]] = {}
+        for span in {stored[key].storage for key in new}:
+            result.setdefault(span.file, {})[span.start] = self._storages[span].numpy().tobytes()
+        return result
 
 
 def same(left: Tensor, right: Tensor) -> bool:
@@ -49,44 +142,3 @@ def changed(stored: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[
                 hint="Convert the checkpoint to float32 first.",
             )
     return result
-
-
-def torch_copy(content: Any, stored: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> bytes:
-    """A checkpoint with changed weights, everything else as it was.
-
-    Args:
-        content: The whole checkpoint; its tensors are overwritten in place, so that tensors which share their
-            memory keep sharing it.
-        stored: The checkpoint's own tensors by name.
-        wanted: New values by the same names.
-
-    Raises:
-        ArtifactError: The file cannot hold a tensor.
-    """
-    try:
-        with torch.no_grad():
-            for key, new in changed(stored, wanted).items():
-                stored[key].copy_(new)
-    except RuntimeError as error:  # e.g. elements of one tensor that share their memory
-        raise ArtifactError("The changed weights do not fit into the checkpoint.", why=str(error)) from error
-    torn = changed(stored, {key: new.to(stored[key].dtype) for key, new in wanted.items()})
-    if torn:
-        raise ArtifactError(
-            f"'{next(iter(torn))}' cannot be written: in the file it shares its memory with another tensor.",
-            why="The repaired network has different values in the two.",
-            hint="Save the checkpoint with tensors of their own (clone them) and repair that.",
-        )
-    # Through memory, since torch.save would put the file's name into the archive: the same weights shall give
-    # the same bytes.
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    return buffer.getvalue()
-
-
-def safetensors_copy(data: bytes, stored: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> bytes:
-    """A safetensors file with the bytes of changed tensors replaced; header and metadata stay as they are."""
-    spans, copy = safetensors_spans(data), bytearray(data)
-    for key, new in changed(stored, wanted).items():
-        start, end = spans[key]
-        copy[start:end] = new.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-    return bytes(copy)

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from backdoorscan.errors import ImagesError
+from backdoorscan.formats import sandbox
 from backdoorscan.formats.images import load_images, reading
 
 SHARED = Path(__file__).parents[3] / "../shared"
@@ -49,4 +50,5 @@ def refused() -> Callable[..., ImagesError]:
 @pytest.fixture
 def small_limit(monkeypatch: pytest.MonkeyPatch) -> int:
     monkeypatch.setattr(reading, "MAX_BYTES", 10_000)
+    monkeypatch.setattr(sandbox, "available", lambda: False)  # a child has its own modules
     return 10_000

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from backdoorscan.artifact import Artifact
-from backdoorscan.formats.keras.loader import KerasH5
+from backdoorscan.formats.keras.loader import KerasH5, KerasV3
 from backdoorscan.plugin.loader import LoadedNetwork
 
 
@@ -54,29 +54,31 @@ def run_network(loaded: LoadedNetwork, x: np.ndarray) -> np.ndarray:
 
 
 def load_file(path: Path, arch: Path | None = None) -> LoadedNetwork:
-    return KerasH5().load(Artifact.read(path), None if arch is None else str(arch))
+    artifact = Artifact.read(path)
+    loader = KerasV3() if KerasV3().accepts(artifact) else KerasH5()
+    return loader.load(artifact, None if arch is None else str(arch))
 
 
 @pytest.fixture
 def same(keras: Any, tmp_path: Path) -> Callable[..., LoadedNetwork]:
-    """Save a Keras model, read it, compare what both compute; return what was read."""
+    """Save a Keras model in both formats, read it, compare what all compute; return what was read."""
 
     def compare(
         model: Any, *, tolerance: float = 1e-5, size: tuple[int, ...] | None = None, gently: bool = False
     ) -> LoadedNetwork:
         randomize(model, gently=gently)
-        path = tmp_path / "model.h5"
-        model.save(path)
-        loaded = load_file(path)
         shape = size or tuple(model.input_shape[1:])
         x = np.random.default_rng(1).normal(0, 1, (3, *shape)).astype("float32")
         expected = np.asarray(keras.ops.convert_to_numpy(model(x, training=False)))
-        actual = run_network(loaded, x)
-        assert actual.shape == expected.reshape(actual.shape).shape
         assert np.isfinite(expected).all()
-        np.testing.assert_allclose(actual, expected.reshape(actual.shape), atol=tolerance, rtol=tolerance)
-        assert loaded.num_classes == actual.shape[1]
-        assert not any(tensor.is_meta for tensor in loaded.network.state_dict().values())
+        for suffix in (".keras", ".h5"):
+            model.save(tmp_path / f"model{suffix}")
+            loaded = load_file(tmp_path / f"model{suffix}")
+            actual = run_network(loaded, x)
+            assert actual.shape == expected.reshape(actual.shape).shape
+            np.testing.assert_allclose(actual, expected.reshape(actual.shape), atol=tolerance, rtol=tolerance)
+            assert loaded.num_classes == actual.shape[1]
+            assert not any(tensor.is_meta for tensor in loaded.network.state_dict().values())
         return loaded
 
     return compare

@@ -228,7 +228,7 @@ def test_weights_alone(write_keras2, load, tmp_path):
     path = write_keras2(tmp_path / "w.h5", None, WEIGHTS, whole=False)
     with pytest.raises(ArtifactError, match="no architecture") as caught:
         load(path)
-    assert "--arch other.h5" in caught.value.hint and "model.json" in caught.value.hint
+    assert "--arch model.h5" in caught.value.hint and "model.json" in caught.value.hint
     with pytest.raises(ArtifactError, match="holds no architecture"):
         load(path, path)
     (tmp_path / "bad.json").write_bytes(b"\xff\xfe")
@@ -242,11 +242,47 @@ def test_architecture_twice(write_keras2, load, tmp_path):
         load(path, path)
 
 
-def test_keras3_weights_file(keras, load, tmp_path):
-    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
+@pytest.mark.parametrize("arch", ["model.h5", "model.keras", "model.json"])
+def test_keras3_weights_file(keras, load, run, scramble, tmp_path, arch):
+    """Its layers go by class and number: the names in the architecture may be any."""
+    layers = [keras.layers.Conv2D(2, 3, name="z"), keras.layers.Conv2D(4, 3, name="a"), keras.layers.Flatten()]
+    model = keras.Sequential([keras.Input((6, 6, 2)), *layers, keras.layers.Dense(3)])
+    model.save_weights(tmp_path / "old.weights.h5")
+    scramble(model)
     model.save_weights(tmp_path / "m.weights.h5")
-    with pytest.raises(UnsupportedModelError, match="own layout"):
+    expected = np.asarray(keras.ops.convert_to_numpy(model(X)))
+    model.load_weights(tmp_path / "old.weights.h5")
+    if arch == "model.json":
+        (tmp_path / arch).write_text(model.to_json())
+    else:
+        model.save(tmp_path / arch)
+    loaded = load(tmp_path / "m.weights.h5", tmp_path / arch)
+    np.testing.assert_allclose(run(loaded, X), expected, atol=1e-5)
+    changed = {"a.bias": loaded.network.a.bias.detach() + 1}
+    source, out = Artifact.read(tmp_path / "m.weights.h5"), tmp_path / "out.weights.h5"
+    KerasH5().write(source, changed, out, str(tmp_path / arch))
+    model.load_weights(out)
+    np.testing.assert_array_equal(np.asarray(keras.ops.convert_to_numpy(model.layers[1].bias)), changed["a.bias"])
+    with pytest.raises(ArtifactError, match="no architecture"):
         load(tmp_path / "m.weights.h5")
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_calls_of_an_inner_model(write_keras2, load, run, tmp_path, first):
+    """tf.keras counts the call by which an inner model was built; pure Keras does not."""
+    start = {"class_name": "InputLayer", "name": "in", "inbound_nodes": [], "config": {"name": "in", **SHAPE}}
+    inside = {**conv(), "name": "conv", "inbound_nodes": [[["in", 0, 0, {}]]]}
+    block = {"layers": [start, inside], "input_layers": [["in", 0, 0]], "output_layers": [["conv", 0, 0]]}
+    layers = [
+        start,
+        {"class_name": "Functional", "name": "b", "config": {"name": "b", **block}, "inbound_nodes": [[["in", 0, 0]]]},
+        {**HEAD[0], "name": "pool", "inbound_nodes": [[["b", first, 0, {}]]]},
+        {**HEAD[1], "name": "dense", "inbound_nodes": [[["pool", 0, 0, {}]]]},
+    ]
+    ends = {"input_layers": [["in", 0, 0]], "output_layers": [["dense", 0, 0]]}
+    config = {"class_name": "Functional", "config": {"name": "m", "layers": layers, **ends}}
+    weights = {"b": WEIGHTS["conv"], "pool": {}, "dense": WEIGHTS["dense"]}
+    np.testing.assert_allclose(run(load(write_keras2(tmp_path / "m.h5", config, weights)), X), truth(), atol=1e-5)
 
 
 def test_json_of_keras3(keras, load, run, write_keras2, tmp_path):

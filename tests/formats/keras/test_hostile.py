@@ -153,7 +153,7 @@ def test_flipped_bytes(good, load):
 def test_text_file(tmp_path, load):
     path = tmp_path / "m.h5"
     path.write_text("<html>404</html>")
-    refused(load, path, "not an HDF5 file", ArtifactError)
+    refused(load, path, "not valid JSON", ArtifactError)
     assert not KerasH5().accepts(Artifact.read(path))
 
 

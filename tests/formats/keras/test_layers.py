@@ -131,6 +131,11 @@ def test_padding_cropping_enlarging(keras, check):
     check(layers.UpSampling2D(2), layers.UpSampling2D((2, 3), interpolation="bilinear"))
 
 
+def test_batch_renormalization(keras, check):
+    """Predicts as without; what it stores in addition is left out."""
+    check(keras.layers.Conv2D(4, 3), keras.layers.BatchNormalization(renorm=True))
+
+
 @pytest.mark.parametrize("scale", [True, False])
 @pytest.mark.parametrize("center", [True, False])
 def test_batch_normalization(keras, check, scale, center):

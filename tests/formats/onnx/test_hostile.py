@@ -8,10 +8,10 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from onnx import helper, numpy_helper
+from onnx import helper
 
-from backdoorscan.artifact import Artifact
 from backdoorscan.errors import ArtifactError, BackdoorscanError, UnsafeModelError, UnsupportedModelError
+from backdoorscan.formats import sandbox
 from backdoorscan.formats.onnx import operators
 from backdoorscan.formats.onnx.loader import Onnx
 from backdoorscan.formats.onnx.recognise import is_onnx
@@ -62,32 +62,6 @@ def changed(data, change):
 
 def test_the_good_file_loads(good, load):
     assert load(good).num_classes == 3
-
-
-@pytest.mark.parametrize(
-    "kind, content", [("relative", "../secret"), ("absolute", "{folder}/secret"), ("link", "link"), ("beside", "file")]
-)
-def test_other_files_are_never_opened(good, tmp_path, kind, content):
-    folder = tmp_path / "models"
-    folder.mkdir()
-    for path in (tmp_path / "secret", folder / "file"):
-        path.write_bytes(ARRAYS["w"].tobytes())
-    (folder / "link").symlink_to(tmp_path / "secret")
-    model = onnx.load_model_from_string(good)
-    tensor = model.graph.initializer[0]
-    tensor.ClearField("raw_data")
-    tensor.data_location = onnx.TensorProto.EXTERNAL
-    tensor.external_data.add(key="location", value=content.format(folder=tmp_path))
-    path = folder / "model.onnx"
-    path.write_bytes(model.SerializeToString())
-    refused(lambda _: Onnx().load(Artifact.read(path), None), b"", "in another file", UnsafeModelError)
-
-
-def test_other_files_named_by_a_constant(written, load):
-    held = numpy_helper.from_array(ARRAYS["w"])
-    held.external_data.add(key="location", value="secret")
-    nodes = [node("Constant", "", "w", value=held), node("Conv", "x w", "h"), *HEAD]
-    refused(load, written(nodes, {}), "in another file", UnsafeModelError)
 
 
 def test_an_operator_that_depends_on_itself(written, load):
@@ -180,12 +154,10 @@ def test_arrays_of_another_size(good, load, dims):
     )
 
 
-@pytest.mark.parametrize("op", ["If", "Loop", "Scan"])
-def test_control_flow(written, load, op):
+@pytest.mark.parametrize("op", ["Loop", "Scan"])
+def test_loops(written, load, op):
     branch = helper.make_graph([node("Relu", "x", "out")], "b", [], [helper.make_tensor_value_info("out", 1, None)])
-    settings = {"then_branch": branch, "else_branch": branch} if op == "If" else {"body": branch}
-    data = written([node(op, "x", "y", "gate", **settings)], {})
-    error = refused(load, data, f"{op} 'gate'")
+    error = refused(load, written([node(op, "x", "y", "gate", body=branch)], {}), f"{op} 'gate'")
     assert "backdoor can hide" in error.why
 
 
@@ -309,8 +281,9 @@ def outcome(load, data):
     return True
 
 
-def test_flipped_bytes(good, load):
-    """Whatever is damaged, the answer is a model or one clear error."""
+def test_flipped_bytes(good, load, monkeypatch):
+    """Whatever is damaged, the answer is a model or one clear error, of the reader and not of the sandbox."""
+    monkeypatch.setattr(sandbox, "available", lambda: False)
     rng = np.random.default_rng(0)
     spans = [(good.find(array.tobytes()), array.nbytes) for array in ARRAYS.values()]
     frame = [i for i in range(len(good)) if not any(start <= i < start + size for start, size in spans)]
@@ -333,8 +306,9 @@ OPS = [
 ]  # fmt: skip
 
 
-def test_graphs_that_make_no_sense(good, load):
+def test_graphs_that_make_no_sense(good, load, monkeypatch):
     """Well-formed messages with settings, shapes, operators and wires exchanged."""
+    monkeypatch.setattr(sandbox, "available", lambda: False)
     rng = np.random.default_rng(1)
     results = set()
     for _ in range(600):

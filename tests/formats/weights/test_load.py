@@ -7,8 +7,9 @@ import torch
 from torch import fx, nn
 
 from backdoorscan.errors import ArtifactError, UnsupportedModelError, UsageError
-from backdoorscan.formats.weights import Safetensors, TorchStateDict
+from backdoorscan.formats.weights.loader import Safetensors, TorchStateDict
 from backdoorscan.formats.weights.names import find_state_dicts
+from backdoorscan.formats.weights.pickles import Leaf
 
 LEGACY = {"_use_new_zipfile_serialization": False}
 Images = Callable[..., torch.Tensor]
@@ -77,11 +78,12 @@ def test_the_likelier_of_two_fitting_state_dicts(workshop: Any) -> None:
 
 
 def test_the_search_ends_on_containers_that_repeat_each_other() -> None:
-    knot: list[Any] = [{"w": torch.zeros(1)}]
+    leaf = Leaf(None, "sparse", 0, (), ())
+    knot: list[Any] = [{"w": leaf}]
     for _ in range(4):
         knot = [knot] * 1000
     assert find_state_dicts(knot) == []
-    loop: dict[str, Any] = {"w": torch.zeros(1)}
+    loop: dict[str, Any] = {"w": leaf}
     loop["self"] = loop
     assert len(find_state_dicts(loop)) == 1
 

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from backdoorscan.errors import ArtifactError, UnsafeModelError, UnsupportedModelError
-from backdoorscan.formats.weights import Safetensors, TorchStateDict
 from backdoorscan.formats.weights.checkpoint import kind_of
+from backdoorscan.formats.weights.loader import Safetensors, TorchStateDict
 
 LEGACY = {"_use_new_zipfile_serialization": False}
 
@@ -76,14 +76,13 @@ def test_torchscript_is_refused(workshop: Any) -> None:
         loader_of(artifact).load(artifact, None)
 
 
-def test_an_exported_program_is_refused(workshop: Any) -> None:
+def test_an_exported_program_is_left_to_its_own_loader(workshop: Any) -> None:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         for name in ("models/model.json", "archive_format", "data/weights/weight_0"):
             archive.writestr(f"archive/{name}", "{}")
     artifact = workshop.put(buffer.getvalue())
-    with pytest.raises(UnsafeModelError, match="exported program"):
-        loader_of(artifact).load(artifact, None)
+    assert kind_of(artifact.data) == "pt2" and not TorchStateDict().accepts(artifact)
 
 
 def test_a_compressed_archive_is_refused(workshop: Any) -> None:

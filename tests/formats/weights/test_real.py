@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from backdoorscan.artifact import Artifact
-from backdoorscan.formats.weights import TorchStateDict
+from backdoorscan.formats.weights.loader import TorchStateDict
 
 SHARED = Path(__file__).resolve().parents[4] / "shared"
 MODELS = SHARED / "models"

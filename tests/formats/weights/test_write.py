@@ -1,3 +1,4 @@
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 
 from backdoorscan.artifact import Artifact
 from backdoorscan.errors import ArtifactError, OutputError
-from backdoorscan.formats.weights import Safetensors, TorchStateDict
+from backdoorscan.formats.weights.loader import Safetensors, TorchStateDict
 
 LEGACY = {"_use_new_zipfile_serialization": False}
 ARCH = pytest.mark.parametrize("with_arch", [False, True])
@@ -54,6 +55,52 @@ def test_the_same_weights_give_the_same_bytes(workshop: Any, tmp_path: Path) -> 
         TorchStateDict().write(artifact, weights, tmp_path / name)
     assert (tmp_path / "one.pt").read_bytes() == (tmp_path / "another_name.pt").read_bytes()
     assert getattr(read(tmp_path / "one.pt"), "_metadata", None) == workshop.net("Net").state_dict()._metadata
+
+
+@pytest.mark.parametrize("options", [{}, LEGACY])
+def test_a_torch_file_changes_only_where_its_weights_changed(
+    workshop: Any, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    artifact = workshop.save({"state_dict": workshop.net("Net").state_dict(), "rng": torch.get_rng_state()}, **options)
+    weights = {key: value.clone() for key, value in workshop.net("Net").state_dict().items()}
+    weights["fc.bias"][1] = 7.0
+    TorchStateDict().write(artifact, weights, tmp_path / "out.pt")
+    old, new = artifact.data, (tmp_path / "out.pt").read_bytes()
+    assert len(old) == len(new)
+    different = [i for i in range(len(old)) if old[i] != new[i]]
+    # Four bytes of the number, and of its checksum behind the member and in the table of contents.
+    assert 1 <= len(different) <= (4 if options else 12)
+    if not options:
+        with zipfile.ZipFile(tmp_path / "out.pt") as archive:
+            assert archive.testzip() is None
+
+
+def test_an_archive_of_another_zip_writer(workshop: Any, tmp_path: Path) -> None:
+    """Checksums in front of the members, as those write them who know them beforehand."""
+    place = tmp_path / "again.pt"
+    with (
+        zipfile.ZipFile(workshop.save(workshop.net("Net").state_dict()).path) as old,
+        zipfile.ZipFile(place, "w") as new,
+    ):
+        for member in old.infolist():
+            new.writestr(member.filename, old.read(member))
+    weights = pruned(workshop.net("Net"))
+    TorchStateDict().write(Artifact.read(place), weights, tmp_path / "out.pt")
+    with zipfile.ZipFile(tmp_path / "out.pt") as archive:
+        assert archive.testzip() is None
+    assert all(torch.equal(value, weights[key]) for key, value in read(tmp_path / "out.pt").items())
+
+
+def test_views_of_one_storage_stay_views(workshop: Any, tmp_path: Path) -> None:
+    memory = torch.arange(40.0)
+    state = {"0.weight": memory[:12].view(4, 3).t(), "0.bias": memory[20:26:2], "rest": memory}
+    artifact = workshop.save({"model": {key: state[key] for key in ("0.weight", "0.bias")}, "all": state["rest"]})
+    TorchStateDict().write(artifact, {"0.weight": -state["0.weight"], "0.bias": torch.zeros(3)}, tmp_path / "out.pt")
+    copy = read(tmp_path / "out.pt")
+    expected = torch.cat([-memory[:12], memory[12:]])
+    expected[20:26:2] = 0
+    assert torch.equal(copy["all"], expected)
+    assert torch.equal(copy["model"]["0.weight"], -state["0.weight"]) and copy["model"]["0.weight"].stride() == (1, 3)
 
 
 def test_safetensors_change_only_their_tensor(workshop: Any, tmp_path: Path) -> None:

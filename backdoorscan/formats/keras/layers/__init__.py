@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from backdoorscan.errors import UnsafeModelError
 from backdoorscan.formats.keras.calls import LayerCall, Value, check_training
 from backdoorscan.formats.keras.layers import (
     activations,
@@ -37,16 +36,9 @@ def call_layer(call: LayerCall, args: list[Any], kwargs: Mapping[str, Any]) -> V
         kwargs: Its named arguments.
 
     Raises:
-        UnsafeModelError: The layer is Python code.
         UnsupportedModelError: There is no exact equivalent.
     """
     class_name = call.fields.class_name
-    if class_name == "Lambda":
-        raise UnsafeModelError(
-            f"The model was refused: its layer '{call.fields.layer}' is a Lambda.",
-            why="A Lambda layer is Python code stored in the file, and code from a model file is never run.",
-            hint="Rebuild the model with standard layers in its place (e.g. Rescaling), save it, and scan that.",
-        )
     # Keras 3 stores an operation such as `x * 2.0` under the class name of the merge layer. Only the layer takes
     # one list of values.
     if class_name in merging.LAYERS and len(args) == 1 and isinstance(args[0], list):

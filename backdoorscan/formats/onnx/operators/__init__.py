@@ -9,6 +9,7 @@ from backdoorscan.formats.onnx.operators import (
     activations,
     arithmetic,
     constants,
+    control,
     convolution,
     dense,
     indexing,
@@ -16,6 +17,7 @@ from backdoorscan.formats.onnx.operators import (
     pooling,
     resizing,
     shaping,
+    single,
 )
 from backdoorscan.formats.onnx.values import Operand
 
@@ -23,6 +25,7 @@ _OPERATORS: Mapping[str, Callable[[NodeCall], Operand | Sequence[Operand]]] = {
     **activations.OPERATORS,
     **arithmetic.OPERATORS,
     **constants.OPERATORS,
+    **control.OPERATORS,
     **convolution.OPERATORS,
     **dense.OPERATORS,
     **indexing.OPERATORS,
@@ -31,7 +34,7 @@ _OPERATORS: Mapping[str, Callable[[NodeCall], Operand | Sequence[Operand]]] = {
     **resizing.OPERATORS,
     **shaping.OPERATORS,
 }
-_CONTROL_FLOW = {"If", "Loop", "Scan", "SequenceMap"}
+_REPEATING = {"Loop", "Scan", "SequenceMap"}
 
 
 def run_operator(call: NodeCall) -> Sequence[Operand]:
@@ -41,14 +44,21 @@ def run_operator(call: NodeCall) -> Sequence[Operand]:
         UnsupportedModelError: There is no exact equivalent.
     """
     node = call.node
-    if node.op in _CONTROL_FLOW and not node.domain:
+    if node.op in _REPEATING and not node.domain:
         raise call.unsupported(
-            "It chooses by the data which part of the network runs, where a backdoor can hide that no gradient finds.",
-            "Ask the publisher for a network without control flow; do not trust this one unseen.",
+            "It repeats a part of the network as often as the data says. Classifiers of images have no need of that, "
+            "and a backdoor can hide there that no gradient finds.",
+            "Ask the publisher for a network without loops; do not trust this one unseen.",
         )
     function = None if node.domain else _OPERATORS.get(node.op)
     if function is None:
         where = f"the domain '{node.domain[:100]}'" if node.domain else "ONNX"
         raise call.unsupported(f"This reader has no equivalent for the operator '{node.op[:100]}' of {where}.")
-    result = function(call)
+    result: Operand | Sequence[Operand] | None
+    if node.op != "If" and any(map(single.is_single, call.operands)):
+        result = single.run_single(call)
+        if result is None:
+            raise call.unsupported("It works on a value that the file computes for a whole batch.")
+    else:
+        result = function(call)
     return result if isinstance(result, list | tuple) else [result]  # type: ignore[list-item]

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from backdoorscan.formats.onnx.batch import BATCH
 from backdoorscan.formats.onnx.calls import NodeCall
-from backdoorscan.formats.onnx.values import Const, Operand
+from backdoorscan.formats.onnx.values import Const, Operand, Value
 
 
 def _unary(function: Callable[[Tensor], Tensor]) -> Callable[[NodeCall], Operand]:
@@ -83,14 +85,24 @@ def _reduction(function: Callable[..., Tensor], since: int) -> Callable[[NodeCal
 
     def operator(call: NodeCall) -> Operand:
         value = call.operand(0)
+        ours = isinstance(value, Value) and value.single
+        rank = len(value.shape) - ours
         axes = call.numbers(1) if call.opset >= since else call.integers("axes")
         keep = bool(call.integer("keepdims", 1))
         if not axes:
             if call.integer("noop_with_empty_axes", 0):
                 return value
-            axes = list(range(len(value.shape)))
-        dims = tuple(sorted({call.axis(axis, len(value.shape)) for axis in axes}))
-        return call.call(function, value, dim=dims, keepdim=keep)
+            axes = list(range(rank))
+        dims = tuple(sorted({call.axis(axis, rank) + ours for axis in axes}))
+        # A rule that makes one number of a batch means the only image in it.
+        over_images = call.one_by_one and not ours and value.shape[:1] == (BATCH,) and len(dims) == rank
+        if over_images:
+            dims = dims[1:]
+        if not dims:
+            value, dims, keep = call.call(torch.unsqueeze, value, len(value.shape)), (len(value.shape),), False
+        result = call.call(function, value, dim=dims, keepdim=keep)
+        single = ours or (over_images and not keep)
+        return replace(result, single=True) if single and isinstance(result, Value) else result
 
     return operator
 
@@ -100,6 +112,19 @@ def product(x: Tensor, dim: tuple[int, ...], keepdim: bool) -> Tensor:
     for axis in reversed(dim):
         x = torch.prod(x, axis, keepdim)
     return x
+
+
+def _place(function: Callable[..., Tensor]) -> Callable[[NodeCall], Operand]:
+    def operator(call: NodeCall) -> Operand:
+        value = call.operand(0)
+        if call.integer("select_last_index", 0):
+            raise call.unsupported("Of equal values it takes the last.")
+        ours = isinstance(value, Value) and value.single
+        axis = call.axis(call.integer("axis", 0), len(value.shape) - ours) + ours
+        result = call.call(function, value, dim=axis, keepdim=bool(call.integer("keepdims", 1)))
+        return call.note(replace(result, single=True) if ours and isinstance(result, Value) else result)
+
+    return operator
 
 
 OPERATORS: Mapping[str, Callable[[NodeCall], Operand]] = {
@@ -141,5 +166,7 @@ OPERATORS: Mapping[str, Callable[[NodeCall], Operand]] = {
     "ReduceMax": _reduction(torch.amax, 18),
     "ReduceMin": _reduction(torch.amin, 18),
     "ReduceL2": _reduction(torch.linalg.vector_norm, 18),
+    "ArgMax": _place(torch.argmax),
+    "ArgMin": _place(torch.argmin),
     "ReduceProd": _reduction(product, 18),
 }

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 from torch.nn import functional
 
-from backdoorscan.formats.onnx.batch import holds
+from backdoorscan.formats.onnx.batch import BATCH, holds
 from backdoorscan.formats.onnx.calls import NodeCall
-from backdoorscan.formats.onnx.values import Const, Operand
+from backdoorscan.formats.onnx.values import Const, Operand, Value
 
 _MIXED = "It picks images out of a batch."
 
@@ -19,9 +20,12 @@ def _gather(call: NodeCall) -> Operand:
     operand, index = call.operand(0), call.constant(1)
     axis = call.axis(call.integer("axis", 0), len(operand.shape))
     length = operand.shape[axis]
-    if holds(length):
-        raise call.unsupported(_MIXED)
     where = index.tensor
+    if isinstance(operand, Value) and holds(length):
+        if call.one_by_one and axis == 0 and length == BATCH and where.ndim < 2 and where.tolist() in (0, [0]):
+            # The first image of a batch is the only one, where images are run one by one.
+            return replace(operand, single=True) if where.ndim == 0 else operand
+        raise call.unsupported(_MIXED)
     if where.is_floating_point() or bool(((where < -length) | (where >= length)).any()):
         raise call.unsupported(f"It looks up places that an axis of {length} does not have.")
     where = where % length if length else where
@@ -48,7 +52,8 @@ def _slice(call: NodeCall) -> Operand:
         axis = call.axis(given, rank)
         length = operand.shape[axis]
         if holds(length):
-            if step != 1 or start != 0 or end < (call.builder.parsed.input.batch or length):
+            least = 1 if call.one_by_one else call.builder.parsed.input.batch or length
+            if step != 1 or start != 0 or end < least:
                 raise call.unsupported(_MIXED)
         elif step > 0:
             first, last, _ = slice(start, end, step).indices(length)

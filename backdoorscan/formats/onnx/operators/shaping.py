@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -20,6 +22,10 @@ def reshape_to(call: NodeCall, operand: Operand, target: Sequence[int]) -> Opera
     if isinstance(operand, Const):
         return operand.reshaped(tuple(target))
     shape = reshaped(operand.shape, target, call.builder.parsed.input.batch)
+    if shape is None and call.one_by_one and operand.shape[0] == operand.meta.numel() and math.prod(target) in (1, -1):
+        # One number for the image: the condition of a rule.
+        result = call.call(torch.reshape, operand, (-1, *[1] * len(target)))
+        return replace(result, single=True) if isinstance(result, Value) else result
     if shape is None:
         raise call.unsupported(f"{_MIXED} It reshapes {shown(operand.shape)} to {shown(target)}.", _DYNAMIC)
     if shape == operand.shape:
@@ -77,6 +83,8 @@ def _squeeze(call: NodeCall) -> Operand:
         gone = {axis for axis, size in enumerate(operand.shape) if size == 1}
     else:
         gone = {call.axis(axis, rank) for axis in axes}
+    if gone and operand.meta.numel() == operand.shape[0] == BATCH and len(gone) == rank and call.one_by_one:
+        return reshape_to(call, operand, [])
     if any(operand.shape[axis] != 1 for axis in gone):
         raise call.unsupported(f"It takes away axes {sorted(gone)} of {shown(operand.shape)}.", _DYNAMIC)
     return reshape_to(call, operand, [size for axis, size in enumerate(operand.shape) if axis not in gone])

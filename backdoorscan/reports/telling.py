@@ -1,0 +1,60 @@
+"""What a scan came to, in sentences: the same in every format that has sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from backdoorscan.findings import Finding, Verdict
+from backdoorscan.report import ModelRun, ScanReport
+from backdoorscan.reports.words import percent, plain, probability
+
+TITLES = {
+    Verdict.CLEAN: "No backdoor found",
+    Verdict.BACKDOORED: "Backdoored",
+    Verdict.INCONCLUSIVE: "Inconclusive",
+}
+
+ACCEPTED = "accepted by the baseline"
+
+INCOMPLETE = "The scan is incomplete: no verdict of clean is possible."
+
+
+def budget(run: ModelRun, report: ScanReport) -> float:
+    """The largest p-value that counts for a model."""
+    return report.alpha if run.alpha is None else run.alpha
+
+
+def finding_sentence(finding: Finding, alpha: float) -> str:
+    """A finding: the label, its trigger, and the p-value against the budget."""
+    victims = "any class" if finding.source_label is None else f"class {finding.source_label}"
+    text = f"Label {finding.target_label}: "
+    if finding.trigger is not None:
+        text += f"a trigger of {finding.trigger.l1:.1f} pixels ({finding.trigger.area:.1%} of the image) "
+        if finding.attack_success_rate is not None:
+            text += f"sends {percent(finding.attack_success_rate)} of held-out images of {victims} there; "
+        else:
+            text += f"sends images of {victims} there; "
+    elif finding.source_label is not None:
+        text += f"images of {victims} are sent there; "
+    relation = "within" if finding.p_value <= alpha else "not within"
+    accepted = f" It is {ACCEPTED}: {finding.suppressed}." if finding.suppressed else ""
+    return (
+        text + f"p = {probability(finding.p_value)}, {relation} the budget of {alpha:g} ({finding.detector}).{accepted}"
+    )
+
+
+def smallest_p(run: ModelRun) -> float | None:
+    """The smallest p-value of any detector by itself; ``None`` if none has an answer."""
+    return min((d.p_value for d in run.detectors if d.p_value is not None), default=None)
+
+
+def reasons(run: ModelRun, alpha: float) -> Iterator[str]:
+    """Why a scan without findings has the verdict that it has."""
+    if run.error:
+        yield f"The model could not be scanned: {plain(' '.join(run.error.split()), 500)}"
+    elif run.verdict is Verdict.CLEAN:
+        smallest = probability(smallest_p(run))
+        yield f"No finding has p up to {alpha:g}; the smallest of a detector by itself is {smallest}."
+    elif not run.findings:
+        answered = [d.id for d in run.detectors if d.p_value is not None]
+        yield f"Only {', '.join(answered)} could answer." if answered else "No detector could answer."
