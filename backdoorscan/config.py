@@ -38,6 +38,8 @@ class Settings:
         formats: Output formats, each with its file or without.
         jobs: Units of work, or models, at a time.
         threads: Computing threads of the process.
+        engine: Where to work: local or ray.
+        ray_address: The Ray cluster.
         timeout: Seconds after which the scan of a model ends incomplete.
         cache: Whether finished scans are kept and answer.
         cache_dir: Where they are kept.
@@ -55,6 +57,8 @@ class Settings:
     formats: tuple[str, ...] | None = None
     jobs: int | None = None
     threads: int | None = None
+    engine: str | None = None
+    ray_address: str | None = None
     timeout: float | None = None
     cache: bool | None = None
     cache_dir: Path | None = None
@@ -102,6 +106,8 @@ _KEYS = {
     "formats": NAMES,
     "jobs": POSITIVE,
     "threads": POSITIVE,
+    "engine": TEXT,
+    "ray_address": TEXT,
     "timeout": Kind("a number of seconds", lambda value: is_number(value) and value >= 0),
     "cache": Kind("true or false", lambda value: isinstance(value, bool)),
     "cache_dir": TEXT,

@@ -66,7 +66,7 @@ def main(shared: Path, picture: Path) -> None:
     )
     axes.minorticks_off()
     axes.legend()
-    plt.savefig(picture, metadata={"Date": None})
+    plt.savefig(picture, metadata={"Date": None, "Creator": None})
 
 
 if __name__ == "__main__":

@@ -87,14 +87,14 @@ def scan(
         ),
     ] = None,
     engine: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="local|ray",
             envvar="BACKDOORSCAN_ENGINE",
-            help="Where to work: here, or on all cores of a Ray cluster; the report is the same.",
+            help="Where to work: here, or on all cores of a Ray cluster; the report is the same. [default: local]",
             rich_help_panel=shared.RUNNING,
         ),
-    ] = "local",
+    ] = None,
     ray_address: Annotated[
         str | None,
         typer.Option(
@@ -239,7 +239,8 @@ def scan(
         tell=terminal.say,
     )
     limit, valid = limit or config.limit, valid or config.valid
-    options = replace(options, engine=named(engine, ray_address))  # last, for a cluster may have to be started
+    elsewhere = named(_first(engine, config.engine, "local"), ray_address or config.ray_address)
+    options = replace(options, engine=elsewhere)  # last, for a cluster may have to be started
     try:
         with terminal.watching() as observer:
             report = _scanned(entries, valid, limit, options, observer, keeping)

@@ -32,12 +32,13 @@ def test_the_pair_of_a_trained_backdoor_is_the_most_suspicious(trained):
     assert judgement.findings[0].score < first.score
 
 
-def test_the_planted_pair_is_found_beyond_doubt_by_most_searches_and_no_other():
+def test_the_planted_pair_is_found_by_most_searches_and_no_other():
     classifier, images, trigger = planted_pairs({3: 1})
     found = []
     for seed in range(3):
         _, judgement = run_detector(SourcePairs(), classifier, images, Context(seed=seed))
-        found += [finding for finding in judgement.findings if finding.p_value < 1e-9]
+        _, findings = policy.verdict([judgement], 0.01)
+        found += findings
     # One random start per pair does not always see the trigger.
     assert len(found) >= 2
     assert {(f.source_label, f.target_label) for f in found} == {(3, 1)}
