@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from backdoorscan.artifact import Artifact
-from backdoorscan.errors import UnsupportedModelError
 from backdoorscan.formats.changes import changed_tensors
+from backdoorscan.formats.extending import grown_head, no_class_more
 from backdoorscan.formats.keras.editing import Edit
 from backdoorscan.formats.keras.network import BuiltNetwork
 from backdoorscan.formats.keras.write import WHY_CONSTANT, as_array, overwritten, write_edited
@@ -41,7 +41,8 @@ def with_class_more(
         ArtifactError: A tensor is unknown or is not stored in the file.
     """
     original = built.network.state_dict()
-    head = _head(artifact, original, weights)
+    shapes = {name: tuple(tensor.shape) for name, tensor in original.items()}
+    head = grown_head(artifact, shapes, weights)
     grown = {name: weights[name] for name in (f"{head}.weight", f"{head}.bias")}
     rest = {name: tensor for name, tensor in weights.items() if name not in grown}
     changed = changed_tensors(artifact, original, rest, built.origins, WHY_CONSTANT)
@@ -49,38 +50,12 @@ def with_class_more(
     architecture.pop("compile_config", None)
     layer = _entry(architecture, built.origins[f"{head}.weight"][0].path)
     if layer is None or layer["class_name"] not in _SIZES:
-        raise _no_head(artifact, f"'{head}' is no layer that is written so.")
+        raise no_class_more(artifact, f"'{head}' is no layer that is written so.")
     layer["config"][_SIZES[layer["class_name"]]] += 1
     text = json.dumps(architecture).encode()
 
     values = overwritten(built, changed) | dict(_grown(built, name, tensor) for name, tensor in grown.items())
     return write_edited(artifact, Edit(values, text))
-
-
-def _head(artifact: Artifact, original: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> str:
-    """The only layer of which something changed its shape: weight and bias, by one row more."""
-    different = {
-        name for name, tensor in weights.items() if name not in original or tensor.shape != original[name].shape
-    }
-    owners = {name.rpartition(".")[0] for name in different}
-    if len(owners) != 1:
-        raise _no_head(artifact, f"{len(owners)} layers changed their shapes.")
-    head = owners.pop()
-    for name in (f"{head}.weight", f"{head}.bias"):
-        if name not in original or name not in weights:
-            raise _no_head(artifact, f"The file stores no '{name}'.")
-        wanted = (len(original[name]) + 1, *original[name].shape[1:])
-        if tuple(weights[name].shape) != wanted:
-            raise _no_head(artifact, f"'{name}' has the shape {tuple(weights[name].shape)}, not {wanted}.")
-    return head
-
-
-def _no_head(artifact: Artifact, why: str) -> UnsupportedModelError:
-    return UnsupportedModelError(
-        f"{artifact.path} cannot be written with one class more.",
-        why=why,
-        hint="Use the GoodNet in ONNX, or a repair that keeps the classes, such as unlearn.",
-    )
 
 
 def _entry(config: dict[str, Any], path: Sequence[str]) -> dict[str, Any] | None:

@@ -11,7 +11,9 @@ from torch import Tensor
 from backdoorscan.artifact import Artifact
 from backdoorscan.errors import ArtifactError, UnsupportedModelError, UsageError
 from backdoorscan.files import write_whole
+from backdoorscan.formats.extending import no_class_more
 from backdoorscan.formats.onnx import fallback
+from backdoorscan.formats.onnx.extend import with_class_more
 from backdoorscan.formats.onnx.network import BuiltNetwork, build
 from backdoorscan.formats.onnx.parse import ParsedOnnx, companions, parse
 from backdoorscan.formats.onnx.plain import GOODNET
@@ -92,11 +94,45 @@ class Onnx(Loader):
         data = with_weights(artifact, built, weights)
         # What is written must read back: a repair that cannot be loaded is none.
         _, again, *_ = _read(Artifact(path, data, ""))
-        known = again.network.state_dict()
-        for name, tensor in weights.items():
-            if not torch.allclose(known[name], tensor.detach().cpu(), rtol=1e-2, atol=1e-4, equal_nan=True):
-                raise ArtifactError(f"The repaired tensor '{name}' does not come back from the written file.")
+        _check_back(again, weights)
         write_whole(path, data)
+
+    def write_extended(
+        self, artifact: Artifact, weights: Mapping[str, Tensor], path: Path, arch: str | None = None
+    ) -> None:
+        """Write a copy of the artifact whose head has one class more, and read it again.
+
+        Args:
+            artifact: The original file.
+            weights: All tensors of the network by name; weight and bias of the head have one row more.
+            path: The new file.
+            arch: Nothing.
+
+        Raises:
+            UnsupportedModelError: What grew is no head that can be written, or what is behind it forbids it.
+            ArtifactError: A tensor is unknown, or is not stored in the file.
+            OutputError: The new file could not be written.
+        """
+        _, built, *_ = _read(artifact)
+        data = with_class_more(artifact, built, weights)
+        try:
+            _, again, *_ = _read(Artifact(path, data, ""))
+        except ArtifactError as error:
+            why = f"The layers behind the head work only with the classes there are: {error.what}"
+            raise no_class_more(artifact, why) from error
+        if again.num_classes != built.num_classes + 1:
+            raise no_class_more(artifact, f"What grew is no head: the copy has {again.num_classes} classes.")
+        _check_back(again, weights)
+        write_whole(path, data)
+
+
+def _check_back(again: BuiltNetwork, weights: Mapping[str, Tensor]) -> None:
+    known = again.network.state_dict()
+    for name, tensor in weights.items():
+        if name not in known or not torch.allclose(
+            known[name], tensor.detach().cpu(), rtol=1e-2, atol=1e-4, equal_nan=True
+        ):
+            raise ArtifactError(f"The repaired tensor '{name}' does not come back from the written file.")
 
 
 def _read(artifact: Artifact) -> tuple[ParsedOnnx, BuiltNetwork, tuple[int | None, ...], str | None]:

@@ -28,19 +28,29 @@ def with_weights(artifact: Artifact, built: BuiltNetwork, weights: Mapping[str, 
     Raises:
         ArtifactError: A tensor is unknown, has another shape, or is not stored in the file as it is.
     """
+    changed = changed_arrays(artifact, built, weights)
+    if not changed and not artifact.parts:
+        return artifact.data
+    name = str(artifact.path)
+    return run_apart(replaced, artifact.data, artifact.parts, changed, name, name=name)
+
+
+def changed_arrays(artifact: Artifact, built: BuiltNetwork, weights: Mapping[str, Tensor]) -> dict[str, NDArray[Any]]:
+    """The arrays to put in place, as the file orders their axes, by the names of stored arrays.
+
+    Raises:
+        ArtifactError: A tensor is unknown, has another shape, or is not stored in the file as it is.
+    """
     why = "The file computes it from others, it does not store it."
     changed: dict[str, NDArray[Any]] = {}
     for name, tensor in changed_tensors(artifact, built.network.state_dict(), weights, built.origins, why).items():
         origin = built.origins[name]
         changed.setdefault(origin.name, origin.to_file(_array(tensor)))
-    if not changed and not artifact.parts:
-        return artifact.data
     for name in weights.keys() & built.origins.keys():
         place = built.origins[name]
         if place.name in changed and not _equal(place.to_file(_array(weights[name])), changed[place.name]):
             raise _shared(name)
-    name = str(artifact.path)
-    return run_apart(replaced, artifact.data, artifact.parts, changed, name, name=name)
+    return changed
 
 
 def _shared(name: str) -> ArtifactError:

@@ -15,6 +15,8 @@ from backdoorscan.errors import ArtifactError, UnsupportedModelError
 MAGIC = b"PK\x03\x04"
 _CENTRAL = b"PK\x01\x02"
 _DESCRIPTOR = b"PK\x07\x08"
+_ALIGNMENT = 64
+_PADDING = 0x4246  # torch's own kind of extra field
 
 
 @dataclass(frozen=True)
@@ -107,3 +109,29 @@ def patched(data: bytes, changes: Mapping[int, bytes]) -> bytes:
             for place in member.checksums:
                 copy[place : place + 4] = checksum
     return bytes(copy)
+
+
+def rewritten(data: bytes, contents: Mapping[str, bytes]) -> bytes:
+    """The archive with other contents, of any length, for some members; the others keep theirs, and their order.
+
+    Contents begin at multiples of 64 bytes, as torch places them so that they can be mapped into memory.
+
+    Args:
+        data: The archive.
+        contents: New contents by the names that ``members`` gives.
+    """
+    places = members(data)
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for entry in sorted(entries(data)[0], key=lambda entry: entry.header_offset):
+            name = entry.filename.partition("/")[2] or entry.filename
+            info = zipfile.ZipInfo(entry.filename, entry.date_time)
+            info.create_system, info.external_attr = entry.create_system, entry.external_attr
+            before = buffer.tell() + 30 + len(entry.filename.encode()) + 4
+            padding = -before % _ALIGNMENT
+            info.extra = struct.pack("<2H", _PADDING, padding) + b"Z" * padding
+            place = places[name]
+            archive.writestr(info, contents.get(name, data[place.start : place.stop]))
+            # The padding belongs before the content alone, not into the table of contents.
+            info.extra = b""
+    return buffer.getvalue()

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -16,15 +17,18 @@ from backdoorscan.artifact import Artifact
 from backdoorscan.classifier import InputConvention
 from backdoorscan.errors import ArtifactError, UsageError
 from backdoorscan.files import write_whole
+from backdoorscan.formats.extending import grown_head, no_class_more
 from backdoorscan.formats.sandbox import facts, run_apart
 from backdoorscan.formats.weights import arch as architectures
 from backdoorscan.formats.weights import archive, checkpoint, graphs, tracing, zoo
 from backdoorscan.formats.weights.contents import StateDict
+from backdoorscan.formats.weights.extend import extended
 from backdoorscan.formats.weights.names import Fit, fits
 from backdoorscan.formats.weights.store import Store, same
 from backdoorscan.plugin.loader import LoadedNetwork, Loader
 
 _SHOWN = 5
+_HINT_DISK = "Check the folder and the free space."
 
 
 @dataclass(frozen=True)
@@ -142,21 +146,13 @@ class WeightsLoader(Loader):
             changes = graphs.changes(artifact, str(arch), read.states, read.files, weights)
             self._patch(read, changes, path)
             return
-        aliases: dict[str, frozenset[str]] = {}
-        named = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-        exact = arch is not None or read.arch is not None
-        if exact:
-            module = _build(arch, read)
-            named, aliases = _shapes(module), _aliases(module)
-        fit = fits(read.states, named, aliases)[0]
-        if exact and not fit.exact:
-            raise _misfit(artifact, arch or read.arch, fit)
-        wanted: dict[str, Tensor] = {}
-        for name, new in weights.items():
-            keys = [fit.keys[alias] for alias in aliases.get(name, {name}) if alias in fit.keys]
-            if not keys and not _is_absent_counter(name, fit):
-                raise _no_place(artifact, name, new, fit)
-            wanted |= dict.fromkeys(keys, new)
+        aliases: Mapping[str, frozenset[str]] = {}
+        if arch is None and read.arch is None:
+            named = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+            fit = fits(read.states, named, aliases)[0]
+        else:
+            fit, aliases = _fit(artifact, read, arch)
+        wanted = _by_key(artifact, fit, aliases, weights)
         self._patch(read, Store(read.files).changes(fit.state.tensors, wanted), path)
 
     def _patch(self, read: Checkpoint, changes: Mapping[str, Mapping[int, bytes]], path: Path) -> None:
@@ -172,7 +168,52 @@ class _OneFile(WeightsLoader):
 
     def save(self, files: Mapping[str, bytes], path: Path) -> None:
         """Write the file."""
-        write_whole(path, files[""], hint="Check the folder and the free space.")
+        write_whole(path, files[""], hint=_HINT_DISK)
+
+    def write_extended(
+        self, artifact: Artifact, weights: Mapping[str, Tensor], path: Path, arch: str | None = None
+    ) -> None:
+        """Write a copy of the artifact whose head has one class more, for the architecture with one class more.
+
+        Args:
+            artifact: The original file.
+            weights: All tensors of the network by name; weight and bias of the head have one row more.
+            path: The new file.
+            arch: The user's ``--arch``, which builds the network with the classes there were.
+
+        Raises:
+            UsageError: There is no architecture, or it cannot be built.
+            UnsupportedModelError: What grew is no head that can be written, or the architecture is a graph as data.
+            ArtifactError: The file has no such tensor, or cannot hold it.
+            OutputError: The new file cannot be written.
+        """
+        if graphs.is_graph(arch):
+            why = f"Its architecture, which would change too, is in {arch}."
+            raise no_class_more(artifact, why)
+        read = self.checkpoint(artifact)
+        fit, aliases = _fit(artifact, read, arch)
+        head = grown_head(artifact, fit.shapes, {name: new for name, new in weights.items() if name in fit.keys})
+        names = f"{head}.weight", f"{head}.bias"
+        if any(len(aliases[name]) > 1 for name in names):
+            raise no_class_more(artifact, f"'{head}' shares its tensors with another layer.")
+        rest = _by_key(artifact, fit, aliases, {name: new for name, new in weights.items() if name not in names})
+        more = {fit.keys[name]: weights[name] for name in names}
+        stored = fit.state.tensors
+        data = _patched(artifact.data, Store(read.files).changes(stored, rest).get("", {}))
+        contents, rows = Store({"": data}).grown(stored, more), len(weights[names[0]]) - 1
+        data = run_apart(extended, data, contents, rows, str(artifact.path), name=str(artifact.path))
+        # What is written must read back: a repair that cannot be loaded is none.
+        again = next((s for s in states_of(data, str(path)) if s.where == fit.state.where), None)
+        shapes = {key: spec.shape for key, spec in stored.items()}
+        shapes |= {key: tuple(new.shape) for key, new in more.items()}
+        if again is None or {key: spec.shape for key, spec in again.tensors.items()} != shapes:
+            raise no_class_more(artifact, "The copy does not hold the tensors that it should.")
+        written = Store({"": data})
+        for key, new in {**rest, **more}.items():
+            value = written.tensor(key, again.tensors[key]).to(new.dtype)
+            if not torch.allclose(value, new.detach().cpu(), rtol=1e-2, atol=1e-4, equal_nan=True):
+                raise ArtifactError(f"The repaired tensor '{key}' does not come back from the written file.")
+        write_whole(path, data, hint=_HINT_DISK)
 
 
 class TorchStateDict(_OneFile):
@@ -217,6 +258,29 @@ def states_of(data: bytes, name: str) -> Sequence[StateDict]:
             hint="Save the weights with torch.save(model.state_dict(), 'weights.pt').",
         )
     return parsed.states
+
+
+def _fit(artifact: Artifact, read: Checkpoint, arch: str | None) -> tuple[Fit, Mapping[str, frozenset[str]]]:
+    """How the weights fit the architecture, and all names of each of its tensors."""
+    module = _build(arch, read)
+    aliases = _aliases(module)
+    fit = fits(read.states, _shapes(module), aliases)[0]
+    if not fit.exact:
+        raise _misfit(artifact, arch or read.arch, fit)
+    return fit, aliases
+
+
+def _by_key(
+    artifact: Artifact, fit: Fit, aliases: Mapping[str, frozenset[str]], weights: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The tensors to write by their names in the file."""
+    wanted: dict[str, Tensor] = {}
+    for name, new in weights.items():
+        keys = [fit.keys[alias] for alias in aliases.get(name, {name}) if alias in fit.keys]
+        if not keys and not _is_absent_counter(name, fit):
+            raise _no_place(artifact, name, new, fit)
+        wanted |= dict.fromkeys(keys, new)
+    return wanted
 
 
 def _patched(data: bytes, changes: Mapping[int, bytes]) -> bytes:

@@ -105,6 +105,38 @@ class Store:
             result.setdefault(span.file, {})[span.start] = self._storages[span].numpy().tobytes()
         return result
 
+    def grown(self, stored: Mapping[str, TensorSpec], wanted: Mapping[str, Tensor]) -> dict[int, bytes]:
+        """The storages of tensors that get one row more.
+
+        Args:
+            stored: Tensors by their name in the file.
+            wanted: New values by the same names, with one row more than in the file.
+
+        Returns:
+            All bytes of each storage, by its position in the file.
+
+        Raises:
+            UnsupportedModelError: A tensor does not fill a storage of its own.
+            ArtifactError: The file's type cannot hold the values.
+        """
+        result: dict[int, bytes] = {}
+        spans = [spec.storage for spec in stored.values()]
+        for key, new in wanted.items():
+            spec, old, new = stored[key], self.tensor(key, stored[key]), new.detach().cpu()
+            if (
+                spans.count(spec.storage) > 1
+                or old.nbytes != spec.storage.stop - spec.storage.start
+                or (not old.is_contiguous())
+            ):
+                raise UnsupportedModelError(
+                    f"'{key}' cannot be given one row more: in the file it lies in memory that is not its own alone.",
+                    hint="Save the checkpoint with tensors of their own (clone them) and repair that.",
+                )
+            larger = torch.cat([old, new[len(old) :].to(old.dtype)])
+            larger = changed({key: larger}, {key: new}).get(key, larger)
+            result[spec.storage.start] = larger.contiguous().view(torch.uint8).numpy().tobytes()
+        return result
+
 
 def same(left: Tensor, right: Tensor) -> bool:
     """Whether two tensors hold the same values, not-a-number included."""
