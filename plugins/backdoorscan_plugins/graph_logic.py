@@ -24,7 +24,7 @@ from backdoorscan.trigger import Trigger
 _PROVEN = 1e-9
 """p-value of a gate that was opened and then decided: no clean network does that."""
 
-_SUSPECTED = 2.5e-3
+_SUSPECTED = 5e-4
 """p-value of a gate that would decide if it were open, but that no image was found for."""
 
 _IMAGES = 12
@@ -52,7 +52,7 @@ class GraphLogic(Detector):
     needs_images = False
     cost = 0.05
     covers = ("backdoors in the architecture",)
-    share = 0.25
+    share = 0.05
 
     def examine(self, unit: Unit, classifier: Classifier, images: LabelledImages | None, context: Context) -> Evidence:
         """Read the graph, and try to open the gates in it."""

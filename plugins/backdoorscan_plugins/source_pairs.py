@@ -32,7 +32,7 @@ class SourcePairs(Detector):
     pair (source, target) a mask and a pattern are searched as in Neural Cleanse, with images of the source that have to
     become the target and as many images of other classes that have to keep their label. That second condition makes
     the small triggers between look-alikes, which every network has, large. The pairs run a race: each round keeps the
-    most promising and gives them twice the steps.
+    most promising and gives them more steps.
 
     The statistic of a finalist is ln(pixels of the image / L1 norm) - 2 · transfer + 2 · retention: how well the
     trigger does with a head that was trained anew on clean images, and how much of the differences between the
@@ -46,8 +46,14 @@ class SourcePairs(Detector):
     share = 0.5
 
     most_classes: int = option(16, help="Of more classes there are too many pairs to look at.", minimum=3)
-    steps: int = option(25, help="Steps in the first round; each further round has twice as many.", minimum=1)
-    batch_size: int = option(3, help="Images of the source, and as many others, per pair and step.", minimum=1)
+    steps: tuple[int, ...] = option(
+        (12, 50, 100), help="Steps in each round; the last for all further ones.", minimum=1
+    )
+    batch_size: tuple[int, ...] = option(
+        (2, 4, 5),
+        help="Images of the source, and as many others, per pair and step, for each round.",
+        minimum=1,
+    )
     stay: tuple[int, ...] = option((20, 6), help="Pairs that stay after each round.", minimum=2)
 
     def units(self, classifier: Classifier, context: Context) -> Sequence[Unit]:
@@ -84,8 +90,8 @@ class SourcePairs(Detector):
         starts = [unit.starts[at] for at in keep] if unit.starts else []
         pixels, labels = to_tensor(train.pixels), torch.from_numpy(train.labels)
         settings = {name: getattr(NeuralCleanse(), name) for name in Schedule.__dataclass_fields__}
-        batch = self.batch_size + unit.round - 1
-        settings |= {"steps": self.steps * 2 ** (unit.round - 1), "restarts": 1, "batch_size": batch}
+        steps, batch = (values[: unit.round][-1] for values in (self.steps, self.batch_size))
+        settings |= {"steps": steps, "restarts": 1, "batch_size": batch}
         generator = context.generator(self.id, unit.id)
         results, samples = invert(
             classifier,
@@ -142,11 +148,14 @@ class SourcePairs(Detector):
         return Judgement(findings=strong, p_value=findings[0].p_value, figures={"statistic": findings[0].score})
 
 
-_CLEAN = (3.84, 1.02)
-"""Mean and standard deviation of the largest statistic of a clean network (benchmarks/calibrate.py)."""
+_CLEAN = (3.92, 1.06)
+"""Mean and standard deviation of the largest statistic of a clean network.
 
-_FREEDOM = 39
-"""Degrees of freedom: there were 40 clean networks."""
+Of 40 networks of our own (3.84 and 0.89, benchmarks/calibrate.py) and 7 of strangers, whose look-alikes are closer.
+"""
+
+_FREEDOM = 46
+"""Degrees of freedom: there were 47 clean networks."""
 
 
 def statistic(row: Mapping[str, Any]) -> float:

@@ -12,7 +12,11 @@ import onnxruntime
 import pytest
 import torch
 from backdoorscan_plugins import graph_logic
+from backdoorscan_plugins.confirmation import Confirmation
 from backdoorscan_plugins.graph_logic import GraphLogic
+from backdoorscan_plugins.label_mapping import LabelMapping
+from backdoorscan_plugins.perturbations import WarpInversion
+from backdoorscan_plugins.source_pairs import SourcePairs
 from torch import fx, nn
 
 from backdoorscan import policy
@@ -465,8 +469,11 @@ def test_a_gate_that_cannot_be_opened_is_suspected():
     assert [row["verdict"] for row in evidence.figures["gates"]] == ["suspected"]
     assert judgement.findings[0].target_label == TARGET
     assert "no image was found" in judgement.note
-    others = [replace(judgement, findings=(), p_value=1.0)] * 4
-    assert policy.verdict([judgement, *others], alpha=0.01)[0] is Verdict.INCONCLUSIVE
+    judgement = replace(judgement, share=GraphLogic.share)
+    # The others that have an answer: of a default scan, and of one of many classes.
+    for answering in ([Confirmation, LabelMapping, SourcePairs, WarpInversion], [Confirmation]):
+        others = [replace(judgement, findings=(), p_value=1.0, share=detector.share) for detector in answering]
+        assert policy.verdict([judgement, *others], alpha=0.01)[0] is Verdict.INCONCLUSIVE
 
 
 def test_keeps_the_contract():

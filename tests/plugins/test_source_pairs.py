@@ -47,7 +47,7 @@ def test_the_planted_pair_is_found_by_most_searches_and_no_other():
 
 def test_all_pairs_are_looked_at_and_each_round_keeps_some(triple):
     classifier, images, _ = triple(None)
-    method, context = SourcePairs(steps=2, stay=(7, 3)), Context()
+    method, context = SourcePairs(steps=(2, 4, 8), stay=(7, 3)), Context()
     units = method.units(classifier, context)
     pairs = [pair for unit in units for pair in zip(unit.sources, unit.labels, strict=True)]
     assert sorted(pairs) == [(a, b) for a in range(5) for b in range(5) if a != b]
@@ -57,8 +57,8 @@ def test_all_pairs_are_looked_at_and_each_round_keeps_some(triple):
         counts.append(sum(len(unit.labels) for unit in units))
         units = method.more_units(evidence, classifier, context)
     assert counts == [20, 7, 3]
-    # Twice the steps in each round, three images of the source and three others at first, then one more of each.
-    batch = [6, 8, 10]
+    # As many images of the source as of others.
+    batch = [4, 8, 10]
     assert sum(part.gradient_samples for part in evidence) == sum(
         pairs * 2 * 2**number * batch[number] for number, pairs in enumerate(counts)
     )
@@ -141,7 +141,7 @@ def test_labels_asked_for_are_targets_and_sources_are_all(triple):
 def test_images_of_two_classes_allow_no_answer(triple):
     classifier, images, _ = triple(None)
     few = images.take(np.flatnonzero(images.labels < 2))
-    evidence, judgement = run_detector(SourcePairs(steps=2), classifier, few, Context())
+    evidence, judgement = run_detector(SourcePairs(steps=(2, 4, 8)), classifier, few, Context())
     assert sum(one.gradient_samples for one in evidence) == 0
     assert judgement.p_value is None
 
@@ -149,7 +149,7 @@ def test_images_of_two_classes_allow_no_answer(triple):
 def test_pairs_from_classes_without_images_are_left_out(triple):
     classifier, images, _ = triple(None)
     some = images.take(np.flatnonzero(images.labels != 4))
-    evidence, judgement = run_detector(SourcePairs(steps=2), classifier, some, Context())
+    evidence, judgement = run_detector(SourcePairs(steps=(2, 4, 8)), classifier, some, Context())
     assert 4 not in {r["source"] for one in evidence for r in one.figures["labels"]}
     assert 4 in {r["label"] for one in evidence for r in one.figures["labels"]}
     assert judgement.p_value is not None
