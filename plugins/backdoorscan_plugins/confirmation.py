@@ -40,9 +40,9 @@ class Confirmation(Detector):
     on), and the suspect's score is compared with the largest ones of clean networks. That, or the p-value of Neural
     Cleanse itself, whichever is smaller, counts twice.
 
-    With more than 64 classes it takes the p-values of Neural Cleanse and of ``latent-shift`` for the same label: the
-    smaller one, or both together by Fisher's method, twice. Where it has an answer, it takes the place of the
-    verdicts of Neural Cleanse, ``perturbation`` and ``latent-shift``.
+    With more than 64 classes it takes the p-values of Neural Cleanse and of ``latent-shift`` for the same label
+    together, by Fisher's method. Where it has an answer, it takes the place of the verdicts of Neural Cleanse, ``perturbation``
+    and ``latent-shift``.
     """
 
     id = "confirmation"
@@ -133,14 +133,12 @@ def suspicion(figures: Mapping[str, Any]) -> float:
 def _judged(figures: Mapping[str, Any]) -> tuple[float, float]:
     """Score and p-value of a suspect."""
     p_values = [max(figures[f"p_{name}"], 1e-300) for name in _TOGETHER if f"p_{name}" in figures]
-    score = -2 * sum(map(math.log, p_values))
-    looks = max(len(p_values), 1)
     if "size" in figures:
-        score, looks = suspicion(figures), 2
-        p_values = [float(stats.t.sf((score - _CLEAN[0]) / _CLEAN[1], _FREEDOM)), *p_values[:1]]
-    elif len(p_values) > 1:
-        p_values.append(float(stats.chi2.sf(score, 2 * len(p_values))))  # both together: Fisher 1932
-    return score, min(1.0, looks * min(p_values, default=1.0))
+        score = suspicion(figures)
+        own = float(stats.t.sf((score - _CLEAN[0]) / _CLEAN[1], _FREEDOM))
+        return score, min(1.0, 2 * min(own, *p_values[:1], 1.0))
+    score = -2 * sum(map(math.log, p_values))  # Fisher 1932
+    return score, float(stats.chi2.sf(score, 2 * len(p_values))) if p_values else 1.0
 
 
 def _p_value(judgement: Judgement, label: int) -> float:

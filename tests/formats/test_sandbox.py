@@ -246,11 +246,16 @@ def test_ctrl_c_leaves_nothing_running(bad):
     run_apart(bad.same, 1, name="x")
     process = sandbox._HELPER._process
     assert process is not None
-    timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
-    timer.start()
-    with pytest.raises(KeyboardInterrupt):
-        run_apart(bad.sleep, name="x")
-    timer.join()
+    # Where the tests run in the background, the signal may be ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
+        timer.start()
+        with pytest.raises(KeyboardInterrupt):
+            run_apart(bad.sleep, name="x")
+        timer.join()
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert process.poll() is not None
     assert run_apart(bad.same, 1, name="x") == 1
 
