@@ -41,8 +41,8 @@ class Confirmation(Detector):
     Cleanse itself, whichever is smaller, counts twice.
 
     With more than 64 classes it takes the p-values of Neural Cleanse and of ``latent-shift`` for the same label
-    together, by Fisher's method. Where it has an answer, it takes the place of the verdicts of Neural Cleanse, ``perturbation``
-    and ``latent-shift``.
+    together, by Fisher's method. Where it has an answer, it takes the place of the verdicts of Neural Cleanse,
+    ``perturbation`` and ``latent-shift``.
     """
 
     id = "confirmation"
