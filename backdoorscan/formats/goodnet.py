@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from backdoorscan.artifact import Artifact
 from backdoorscan.classifier import Classifier, InputConvention
-from backdoorscan.errors import ArtifactError, MethodError, UnsafeModelError
+from backdoorscan.errors import ArtifactError, MethodError, UnsafeModelError, UnsupportedModelError
 from backdoorscan.files import write_whole
 from backdoorscan.formats.onnx import reference
 from backdoorscan.formats.onnx.export import export as export_onnx
@@ -148,6 +148,15 @@ class GoodNetFile(nn.Module):
 def is_goodnet(artifact: Artifact) -> bool:
     """Whether the file is a GoodNet that this program wrote."""
     return GOODNET.encode() in artifact.data and _opened(artifact)[0] is not None
+
+
+def no_network(artifact: Artifact) -> UnsupportedModelError:
+    """The refusal of a GoodNet where a network is wanted."""
+    return UnsupportedModelError(
+        f"{artifact.path} is a GoodNet that backdoorscan wrote.",
+        why="It is made of a network and its repaired twin.",
+        hint="Use `backdoorscan evaluate` or `backdoorscan predict` on it; scan the repaired network instead.",
+    )
 
 
 def _opened(artifact: Artifact) -> tuple[str | None, Callable[[], _Run]]:

@@ -34,6 +34,7 @@ def net():
 """
 _SECONDS = 120
 _MEMORY = 2**30
+_HUGE = 1e15
 _EXECUTING = {"os.system", "os.exec", "os.posix_spawn", "pickle.find_class", "ctypes.dlopen"}
 
 
@@ -138,8 +139,10 @@ class Yard:
         assert {place for place in opened if not place.startswith(str(self.model))} <= allowed
         assert [event for event, _ in seen if event in _EXECUTING] == []
         if error is None:
-            assert bool(torch.isfinite(scores).all())
-            for tensor in (*classifier.state_dict().values(), scores):
+            weights = [tensor for tensor in classifier.state_dict().values() if tensor.is_floating_point()]
+            # One flipped bit makes a finite weight so large that some images' scores are infinite.
+            assert bool(torch.isfinite(scores).all()) or max(float(tensor.abs().max()) for tensor in weights) > _HUGE
+            for tensor in (*weights, scores):
                 assert not bool((tensor == float(SECRET[0])).any()), "the secret was read"
         else:
             assert error.what and "\n" not in error.what and "Traceback" not in str(error)

@@ -10,10 +10,10 @@ import onnx
 from torch import Tensor, fx, nn
 
 from backdoorscan.errors import UnsupportedModelError
-from backdoorscan.formats.onnx.batch import BATCH, Images
+from backdoorscan.formats.building.batch import BATCH, Images
+from backdoorscan.formats.building.values import Const, Operand, Value
 from backdoorscan.formats.onnx.parse import Node
 from backdoorscan.formats.onnx.tensors import FLOATS
-from backdoorscan.formats.onnx.values import Const, Operand, Value
 
 if TYPE_CHECKING:
     from backdoorscan.formats.onnx.network import NetworkBuilder
@@ -150,7 +150,7 @@ class NodeCall:
         meta = function(*fx.node.map_aggregate(args, to_meta), **kwargs)
         constants = [operand for operand in operands if isinstance(operand, Const)]
         if operands and len(constants) == len(operands):
-            self.builder.limits.fold(self.node, meta, constants)
+            self.builder.limits.fold(self.node, meta, [constant.tensor for constant in constants])
             plain = fx.node.map_aggregate(args, lambda item: item.tensor if isinstance(item, Const) else item)
             return Const(function(*plain, **kwargs))
         self.builder.limits.value(self.node, meta)

@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from backdoorscan.artifact import Artifact
+from backdoorscan.formats.building.network import BuiltNetwork
+from backdoorscan.formats.building.values import Origin
+from backdoorscan.formats.changes import changed_arrays
 from backdoorscan.formats.extending import grown_head, no_class_more
-from backdoorscan.formats.onnx.network import BuiltNetwork
 from backdoorscan.formats.onnx.replace import extended
-from backdoorscan.formats.onnx.values import Origin
-from backdoorscan.formats.onnx.write import changed_arrays
 from backdoorscan.formats.sandbox import run_apart
 
 
@@ -46,7 +46,11 @@ def with_class_more(artifact: Artifact, built: BuiltNetwork, weights: Mapping[st
             raise no_class_more(artifact, f"The file stores '{name}' together with another tensor.")
         grown[origin.name] = array
     rest = {name: tensor for name, tensor in weights.items() if name not in names}
-    changed, classes, path = changed_arrays(artifact, built, rest), shapes[names[1]][0], str(artifact.path)
+    changed, classes, path = (
+        changed_arrays(artifact, built, rest),
+        shapes[names[1]][0],
+        str(artifact.path),
+    )
     return run_apart(extended, artifact.data, artifact.parts, changed, grown, classes, path, name=path)
 
 

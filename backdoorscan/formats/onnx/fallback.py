@@ -23,10 +23,10 @@ from torch import Tensor, fx, nn
 from backdoorscan import graph
 from backdoorscan.artifact import Artifact
 from backdoorscan.errors import BackdoorscanError, UnsupportedModelError
-from backdoorscan.formats.onnx.network import BuiltNetwork
+from backdoorscan.formats.building.network import BuiltNetwork
+from backdoorscan.formats.building.values import Origin, to_tensor
 from backdoorscan.formats.onnx.parse import ParsedOnnx
 from backdoorscan.formats.onnx.reference import renamed
-from backdoorscan.formats.onnx.values import Origin, to_tensor
 from backdoorscan.formats.onnx.verify import before_ending, compare, part_of
 from backdoorscan.formats.sandbox import run_apart
 from backdoorscan.plugin.loader import Layout

@@ -11,10 +11,13 @@ from torch import Tensor
 from backdoorscan.artifact import Artifact
 from backdoorscan.errors import ArtifactError, UnsupportedModelError, UsageError
 from backdoorscan.files import write_whole
+from backdoorscan.formats.building.network import BuiltNetwork, channels_first
+from backdoorscan.formats.changes import check_back
 from backdoorscan.formats.extending import no_class_more
+from backdoorscan.formats.goodnet import no_network
 from backdoorscan.formats.onnx import fallback
 from backdoorscan.formats.onnx.extend import with_class_more
-from backdoorscan.formats.onnx.network import BuiltNetwork, build
+from backdoorscan.formats.onnx.network import build
 from backdoorscan.formats.onnx.parse import ParsedOnnx, companions, parse
 from backdoorscan.formats.onnx.plain import GOODNET
 from backdoorscan.formats.onnx.recognise import is_onnx
@@ -65,7 +68,7 @@ class Onnx(Loader):
         parsed, built, shape, converter = _read(artifact)
         return LoadedNetwork(
             network=built.network,
-            input_shape=(shape[2], shape[0], shape[1]) if built.layout == "NHWC" else shape,
+            input_shape=channels_first(shape, built.layout),
             layout=built.layout,
             num_classes=built.num_classes,
             details={
@@ -92,9 +95,8 @@ class Onnx(Loader):
         """
         _, built, *_ = _read(artifact)
         data = with_weights(artifact, built, weights)
-        # What is written must read back: a repair that cannot be loaded is none.
         _, again, *_ = _read(Artifact(path, data, ""))
-        _check_back(again, weights)
+        check_back(again.network.state_dict(), weights)
         write_whole(path, data)
 
     def write_extended(
@@ -122,17 +124,8 @@ class Onnx(Loader):
             raise no_class_more(artifact, why) from error
         if again.num_classes != built.num_classes + 1:
             raise no_class_more(artifact, f"What grew is no head: the copy has {again.num_classes} classes.")
-        _check_back(again, weights)
+        check_back(again.network.state_dict(), weights)
         write_whole(path, data)
-
-
-def _check_back(again: BuiltNetwork, weights: Mapping[str, Tensor]) -> None:
-    known = again.network.state_dict()
-    for name, tensor in weights.items():
-        if name not in known or not torch.allclose(
-            known[name], tensor.detach().cpu(), rtol=1e-2, atol=1e-4, equal_nan=True
-        ):
-            raise ArtifactError(f"The repaired tensor '{name}' does not come back from the written file.")
 
 
 def _read(artifact: Artifact) -> tuple[ParsedOnnx, BuiltNetwork, tuple[int | None, ...], str | None]:
@@ -140,11 +133,7 @@ def _read(artifact: Artifact) -> tuple[ParsedOnnx, BuiltNetwork, tuple[int | Non
     name = str(artifact.path)
     parsed = run_apart(parse, artifact.data, artifact.parts, name, name=name)
     if GOODNET in parsed.metadata:
-        raise UnsupportedModelError(
-            f"{artifact.path} is a GoodNet that backdoorscan wrote.",
-            why="It is made of a network and its repaired twin.",
-            hint="Use `backdoorscan evaluate` or `backdoorscan predict` on it; scan the repaired network instead.",
-        )
+        raise no_network(artifact)
     layout = layout_of(parsed)
     found: list[BuiltNetwork] = []
     failure: UnsupportedModelError | None = None

@@ -3,51 +3,27 @@
 from __future__ import annotations
 
 import keyword
-import math
 import operator
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from backdoorscan.errors import BackdoorscanError, UnsupportedModelError
-from backdoorscan.formats.onnx.batch import BATCH, Images, shown
+from backdoorscan.formats.building.batch import BATCH, Images
+from backdoorscan.formats.building.limits import Limits
+from backdoorscan.formats.building.network import BuiltNetwork, add_images, add_scores
+from backdoorscan.formats.building.values import Const, Operand, Origin, Value, to_tensor
 from backdoorscan.formats.onnx.calls import HINT, NodeCall
-from backdoorscan.formats.onnx.limits import Limits
 from backdoorscan.formats.onnx.operators import run_operator
 from backdoorscan.formats.onnx.parse import Node, ParsedOnnx, Subgraph
-from backdoorscan.formats.onnx.values import Const, Operand, Origin, Value, to_tensor
 from backdoorscan.plugin.loader import Layout
 
 _RESERVED = set(dir(fx.GraphModule(nn.Module(), fx.Graph()))) | {"x"}
 _WEIGHT_NAME = re.compile(r"(.+?)[._/](?:weight|kernel|gamma|scale|W|w)", re.DOTALL)
-
-
-@dataclass(frozen=True)
-class BuiltNetwork:
-    """A network and where its tensors came from.
-
-    Attributes:
-        network: In eval mode; takes images channels first.
-        size: Shape of the images it was built for, in the file's order of axes.
-        layout: The file's order of axes.
-        num_classes: K.
-        origins: For every tensor that the file stores: its name in the network, and where it is in the file.
-        nodes: The nodes that compute the file's values, by the values' names.
-        logic: The operators that decide something by the image: comparisons, selections.
-    """
-
-    network: fx.GraphModule
-    size: tuple[int, ...]
-    layout: Layout
-    num_classes: int
-    origins: Mapping[str, Origin]
-    nodes: Mapping[str, fx.Node]
-    logic: tuple[str, ...]
 
 
 def build(parsed: ParsedOnnx, size: tuple[int, ...], layout: Layout) -> BuiltNetwork:
@@ -64,53 +40,21 @@ def build(parsed: ParsedOnnx, size: tuple[int, ...], layout: Layout) -> BuiltNet
     """
     builder = NetworkBuilder(parsed)
     builder.limits.image(size)
-    entry = builder.graph.placeholder("x")
-    image = Value(entry, torch.empty((BATCH, *size), device="meta"))
-    if layout == "NHWC":
-        first = Value(entry, image.meta.permute(0, 3, 1, 2))
-        order = (0, 2, 3, 1)
-        image = Value(builder.graph.call_function(torch.permute, (entry, order)), image.meta, (first, order))
-    builder.entry = entry
+    builder.entry, image = add_images(builder.graph, size, layout)
     builder.run(image)
     scores = builder.values[parsed.output]
-    if not isinstance(scores, Value):
-        raise UnsupportedModelError("The model's scores do not depend on its input.", hint="Do not use this file.")
-    if scores.single:
+    if isinstance(scores, Value) and scores.single:
         raise UnsupportedModelError(
             "The model picks images out of a batch.",
             why="It returns the scores of one alone.",
             hint="Export it with a dynamic batch.",
         )
-    result = scores.node
-    if len(scores.shape) > 2 and math.prod(scores.shape[1:]) == max(scores.shape[1:]):
-        result = builder.graph.call_function(torch.flatten, (result, 1))
-    elif len(scores.shape) != 2:
-        raise _not_scores(scores.shape)
-    if scores.shape[0] != BATCH or not scores.meta.is_floating_point():
-        raise _not_scores(scores.shape)
-    builder.graph.output(result)
+    classes = add_scores(builder.graph, scores, "export it with a dynamic batch.")
     builder.fill()
     network = fx.GraphModule(builder.root, builder.graph).eval()
     network.graph.eliminate_dead_code()
     network.recompile()
-    live, stored = set(network.graph.nodes), network.state_dict().keys()
-    return BuiltNetwork(
-        network=network,
-        size=size,
-        layout=layout,
-        num_classes=math.prod(scores.shape[1:]),
-        origins={key: origin for key, origin in builder.origins.items() if key in stored},
-        nodes={name: v.node for name, v in builder.values.items() if isinstance(v, Value) and v.node in live},
-        logic=tuple(builder.logic),
-    )
-
-
-def _not_scores(shape: tuple[int, ...]) -> UnsupportedModelError:
-    return UnsupportedModelError(
-        f"The model returns values of the shape {shown(shape)}.",
-        why="A classifier returns one row of scores per image.",
-        hint="If it was exported for a fixed number of images, export it with a dynamic batch.",
-    )
+    return BuiltNetwork.of(network, size, layout, classes, builder.origins, builder.values, builder.logic)
 
 
 class NetworkBuilder:

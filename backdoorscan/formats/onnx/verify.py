@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from backdoorscan import graph
 from backdoorscan.artifact import Artifact
 from backdoorscan.errors import UnsupportedModelError
-from backdoorscan.formats.onnx.network import BuiltNetwork
+from backdoorscan.formats.building.network import BuiltNetwork
 from backdoorscan.formats.onnx.parse import ParsedOnnx
 from backdoorscan.formats.onnx.reference import run
 from backdoorscan.formats.sandbox import run_apart

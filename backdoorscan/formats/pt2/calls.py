@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from backdoorscan.errors import UnsupportedModelError
-from backdoorscan.formats.onnx.batch import holds
-from backdoorscan.formats.onnx.values import Const, Operand, Value
+from backdoorscan.formats.building.batch import holds
+from backdoorscan.formats.building.values import Const, Operand, Value
 from backdoorscan.formats.pt2 import schemas
 from backdoorscan.formats.pt2.spec import Node, Special
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from backdoorscan.artifact import Artifact
-from backdoorscan.errors import ArtifactError, UnsupportedModelError, UsageError
+from backdoorscan.errors import UnsupportedModelError, UsageError
 from backdoorscan.files import write_whole
-from backdoorscan.formats.goodnet import is_goodnet
+from backdoorscan.formats.building.network import channels_first
+from backdoorscan.formats.changes import check_back
+from backdoorscan.formats.goodnet import is_goodnet, no_network
 from backdoorscan.formats.pt2.parse import is_pt2
 from backdoorscan.formats.pt2.reading import ReadProgram, read
 from backdoorscan.formats.pt2.write import with_weights
@@ -48,7 +49,7 @@ class Pt2(Loader):
         built, shape, parsed = program.built, program.shape, program.parsed
         return LoadedNetwork(
             network=built.network,
-            input_shape=(shape[2], shape[0], shape[1]) if built.layout == "NHWC" else shape,
+            input_shape=channels_first(shape, built.layout),
             layout=built.layout,
             num_classes=built.num_classes,
             details={
@@ -73,21 +74,15 @@ class Pt2(Loader):
         """
         program = _read(artifact)
         data = with_weights(artifact, program, weights)
-        # What is written must read back, and tensors that share memory with changed ones must not have changed too.
+        # Tensors that share memory with changed ones must not have changed too.
         known = _read(Artifact(path, data, "")).built.network.state_dict()
-        for name, tensor in {**program.built.network.state_dict(), **weights}.items():
-            if not torch.allclose(known[name], tensor.detach().cpu(), rtol=1e-2, atol=1e-4, equal_nan=True):
-                raise ArtifactError(f"The repaired tensor '{name}' does not come back from the written file.")
+        check_back(known, {**program.built.network.state_dict(), **weights})
         write_whole(path, data)
 
 
 def _read(artifact: Artifact) -> ReadProgram:
     if is_goodnet(artifact):
-        raise UnsupportedModelError(
-            f"{artifact.path} is a GoodNet that backdoorscan wrote.",
-            why="It is made of a network and its repaired twin.",
-            hint="Use `backdoorscan evaluate` or `backdoorscan predict` on it; scan the repaired network instead.",
-        )
+        raise no_network(artifact)
     program = read(artifact)
     if len(program.parsed.outputs) != 1:
         raise UnsupportedModelError(

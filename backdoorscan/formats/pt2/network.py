@@ -2,54 +2,29 @@
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from torch import fx, nn
 
-from backdoorscan.errors import BackdoorscanError, UnsupportedModelError
-from backdoorscan.formats.onnx.batch import BATCH, holds, shown
-from backdoorscan.formats.onnx.values import Const, Origin, Value, to_tensor
+from backdoorscan.errors import ArtifactError, BackdoorscanError, UnsupportedModelError
+from backdoorscan.formats.building.batch import BATCH, holds, shown
+from backdoorscan.formats.building.limits import Limits
+from backdoorscan.formats.building.network import BuiltNetwork, add_images, add_scores
+from backdoorscan.formats.building.values import Const, Origin, Value, to_tensor
 from backdoorscan.formats.pt2.calls import NodeCall
-from backdoorscan.formats.pt2.limits import Limits
 from backdoorscan.formats.pt2.names import attach, counter, layer_name
 from backdoorscan.formats.pt2.operators import check_operator, run_operator
-from backdoorscan.formats.pt2.parse import references
+from backdoorscan.formats.pt2.parse import AGAIN, references
 from backdoorscan.formats.pt2.schemas import aliases, changes
 from backdoorscan.formats.pt2.spec import Meta, Node, ParsedPt2, Ref
 from backdoorscan.plugin.loader import Layout
 
-_DYNAMIC = "Export it with a dynamic batch: dynamic_shapes=({0: torch.export.Dim('batch')},)."
+_DYNAMIC = "export it with a dynamic batch: dynamic_shapes=({0: torch.export.Dim('batch')},)."
 _CHANNELS = {1, 3}
 _FLOATS = {"float16", "bfloat16", "float32", "float64"}
-
-
-@dataclass(frozen=True)
-class BuiltNetwork:
-    """A network and where its tensors came from.
-
-    Attributes:
-        network: In eval mode; takes images channels first.
-        size: Shape of the images it was built for, in the file's order of axes.
-        layout: The file's order of axes.
-        num_classes: K.
-        origins: For every tensor that the file stores: its name in the network, and where it is in the file.
-        nodes: The nodes that compute the file's values, by the values' names.
-        logic: The operators that decide something by the image: comparisons, selections.
-    """
-
-    network: fx.GraphModule
-    size: tuple[int, ...]
-    layout: Layout
-    num_classes: int
-    origins: Mapping[str, Origin]
-    nodes: Mapping[str, fx.Node]
-    logic: tuple[str, ...]
 
 
 def build(parsed: ParsedPt2, size: tuple[int, ...]) -> BuiltNetwork:
@@ -60,52 +35,21 @@ def build(parsed: ParsedPt2, size: tuple[int, ...]) -> BuiltNetwork:
         size: Shape of one image in the file's order of axes.
 
     Raises:
+        ArtifactError: The program lacks what it must say of itself.
         UnsupportedModelError: The program holds something that can't be represented exactly.
         UnsafeModelError: It would exhaust the memory.
     """
     layout = _layout(parsed, size)
     builder = NetworkBuilder(parsed, checked=size == parsed.entry.sizes[1:])
     builder.limits.image(size)
-    entry = builder.graph.placeholder("x")
-    image = Value(entry, torch.empty((BATCH, *size), device="meta"))
-    if layout == "NHWC":
-        first = Value(entry, image.meta.permute(0, 3, 1, 2))
-        order = (0, 2, 3, 1)
-        image = Value(builder.graph.call_function(torch.permute, (entry, order)), image.meta, (first, order))
-    builder.entry = entry
+    builder.entry, image = add_images(builder.graph, size, layout)
     builder.run(image)
     scores = builder.values[parsed.outputs[0]]
-    if not isinstance(scores, Value):
-        raise UnsupportedModelError("The model's scores do not depend on its input.", hint="Do not use this file.")
-    result = scores.node
-    if len(scores.shape) > 2 and math.prod(scores.shape[1:]) == max(scores.shape[1:]):
-        result = builder.graph.call_function(torch.flatten, (result, 1))
-    elif len(scores.shape) != 2:
-        raise _not_scores(scores.shape)
-    if scores.shape[0] != BATCH or not scores.meta.is_floating_point():
-        raise _not_scores(scores.shape)
-    builder.graph.output(result)
+    classes = add_scores(builder.graph, scores, _DYNAMIC)
     builder.prune()
     builder.fill()
     network = fx.GraphModule(builder.root, builder.graph).eval()
-    live, stored = set(network.graph.nodes), network.state_dict().keys()
-    return BuiltNetwork(
-        network=network,
-        size=size,
-        layout=layout,
-        num_classes=math.prod(scores.shape[1:]),
-        origins={key: origin for key, origin in builder.origins.items() if key in stored},
-        nodes={name: v.node for name, v in builder.values.items() if isinstance(v, Value) and v.node in live},
-        logic=tuple(builder.logic),
-    )
-
-
-def _not_scores(shape: tuple[int, ...]) -> UnsupportedModelError:
-    return UnsupportedModelError(
-        f"The model returns values of the shape {shown(shape)}.",
-        why="A classifier returns one row of scores per image.",
-        hint=f"If it was exported for a fixed number of images: {_DYNAMIC}",
-    )
+    return BuiltNetwork.of(network, size, layout, classes, builder.origins, builder.values, builder.logic)
 
 
 def _layout(parsed: ParsedPt2, size: tuple[int, ...]) -> Layout:
@@ -233,7 +177,9 @@ class NetworkBuilder:
         """Compare a value with what the file says of its shape and kind."""
         if not isinstance(value, Const | Value):
             return
-        meta = self.parsed.metas[name]
+        meta = self.parsed.metas.get(name)
+        if meta is None:
+            raise ArtifactError(f"The file does not say what '{name[:100]}' is.", hint=AGAIN)
         floating = meta.dtype in _FLOATS
         shape = value.shape
         fits = len(shape) == len(meta.sizes) and value.meta.is_floating_point() == floating

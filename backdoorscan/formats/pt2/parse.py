@@ -119,8 +119,8 @@ def _parsed(archive: Archive) -> ParsedPt2:
     tensors = _tensors(archive, "weights", model) | _tensors(archive, "constants", model)
     if not metas[image].sizes:
         raise UnsupportedModelError("The program takes a single number.", hint="backdoorscan reads image classifiers.")
-    for source in sources.values():
-        if source.tensor not in tensors:
+    for name, source in sources.items():
+        if source.tensor not in tensors or name not in metas:
             raise ArtifactError(f"The archive lacks the tensor '{source.tensor[:100]}'.", hint=AGAIN)
     parsed = ParsedPt2(
         nodes=tuple(_node(node) for node in graph["nodes"]),

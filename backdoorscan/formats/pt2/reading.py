@@ -8,7 +8,8 @@ import torch
 
 from backdoorscan.artifact import Artifact
 from backdoorscan.errors import UnsupportedModelError
-from backdoorscan.formats.pt2.network import BuiltNetwork, build
+from backdoorscan.formats.building.network import BuiltNetwork
+from backdoorscan.formats.pt2.network import build
 from backdoorscan.formats.pt2.parse import parse
 from backdoorscan.formats.pt2.spec import ParsedPt2
 from backdoorscan.formats.pt2.verify import compare

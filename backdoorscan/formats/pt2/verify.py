@@ -11,8 +11,8 @@ from torch import Tensor
 
 from backdoorscan import graph
 from backdoorscan.errors import UnsupportedModelError
+from backdoorscan.formats.building.network import BuiltNetwork
 from backdoorscan.formats.pt2 import schemas
-from backdoorscan.formats.pt2.network import BuiltNetwork
 from backdoorscan.formats.pt2.operators import sizes
 from backdoorscan.formats.pt2.parse import references
 from backdoorscan.formats.pt2.spec import Node, ParsedPt2, Ref, Special, Stored

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from backdoorscan.artifact import Artifact
 from backdoorscan.errors import ArtifactError
-from backdoorscan.formats.changes import changed_tensors
+from backdoorscan.formats.changes import changed_arrays
 from backdoorscan.formats.pt2.archive import open_archive, replaced
 from backdoorscan.formats.pt2.reading import ReadProgram
 from backdoorscan.formats.pt2.spec import Stored
@@ -29,20 +29,7 @@ def with_weights(artifact: Artifact, program: ReadProgram, weights: Mapping[str,
     Raises:
         ArtifactError: A tensor is unknown, has another shape, or is not stored in the file as it is.
     """
-    built = program.built
-    why = "The program computes it from others, it does not store it."
-    changed: dict[str, NDArray[Any]] = {}
-    for name, tensor in changed_tensors(artifact, built.network.state_dict(), weights, built.origins, why).items():
-        origin = built.origins[name]
-        changed.setdefault(origin.name, origin.to_file(_array(tensor)))
-    for name in weights.keys() & built.origins.keys():
-        origin = built.origins[name]
-        if origin.name in changed and not _equal(origin.to_file(_array(weights[name])), changed[origin.name]):
-            raise ArtifactError(
-                f"The tensor '{name}' cannot be written: the file stores it together with another one.",
-                why="The repaired network has different values in the two.",
-                hint="Export the network with tensors of their own and repair that.",
-            )
+    changed = changed_arrays(artifact, program.built, weights)
     archive = open_archive(artifact.data)
     contents: dict[str, bytearray] = {}
     for name, array in changed.items():
@@ -50,15 +37,6 @@ def with_weights(artifact: Artifact, program: ReadProgram, weights: Mapping[str,
         content = contents.setdefault(stored.member, bytearray(archive.read(stored.member)))
         _put(content, name, stored, array)
     return replaced(archive, {name: bytes(content) for name, content in contents.items()})
-
-
-def _equal(a: NDArray[Any], b: NDArray[Any]) -> bool:
-    return bool(np.array_equal(a, b, equal_nan=True))
-
-
-def _array(tensor: Tensor) -> NDArray[Any]:
-    array: NDArray[Any] = tensor.detach().cpu().contiguous().numpy()
-    return array
 
 
 def _put(content: bytearray, name: str, stored: Stored, new: NDArray[Any]) -> None:

@@ -11,15 +11,15 @@ from torch import Tensor
 
 from backdoorscan.artifact import Artifact
 from backdoorscan.errors import ArtifactError, UsageError
-from backdoorscan.formats.changes import changed_tensors
-from backdoorscan.formats.onnx.values import Origin
+from backdoorscan.formats.building.network import BuiltNetwork
+from backdoorscan.formats.changes import changed_arrays
 from backdoorscan.formats.pt2 import plain
-from backdoorscan.formats.pt2.network import BuiltNetwork, build
+from backdoorscan.formats.pt2.network import build
 from backdoorscan.formats.pt2.spec import Stored
 from backdoorscan.formats.pt2.verify import compare
 from backdoorscan.formats.sandbox import facts, run_apart
 from backdoorscan.formats.weights.contents import StateDict
-from backdoorscan.formats.weights.store import Store, same
+from backdoorscan.formats.weights.store import Store
 from backdoorscan.plugin.loader import LoadedNetwork
 
 _SHOWN = 5
@@ -87,22 +87,9 @@ def changes(
         ArtifactError: As for ``load``; or a tensor is unknown, has another shape, or is not stored.
     """
     found = _assembled(artifact, arch, states, files)
-    origins, why = found.built.origins, "The network computes it from others, the file does not store it."
-    wanted: dict[str, Tensor] = {}
-    for name, tensor in changed_tensors(artifact, found.built.network.state_dict(), weights, origins, why).items():
-        wanted.setdefault(origins[name].name, _as_stored(origins[name], tensor))
-    for name in weights.keys() & origins.keys():
-        key = origins[name].name
-        if key in wanted and not same(_as_stored(origins[name], weights[name]), wanted[key]):
-            raise ArtifactError(
-                f"The tensor '{name}' cannot be written: the file stores it together with another one.",
-                why="The repaired network has different values in the two.",
-            )
+    changed = changed_arrays(artifact, found.built, weights)
+    wanted = {name: torch.from_numpy(array.copy()) for name, array in changed.items()}
     return Store(files).changes(found.state.tensors, wanted)
-
-
-def _as_stored(origin: Origin, tensor: Tensor) -> Tensor:
-    return torch.from_numpy(origin.to_file(tensor.detach().cpu().contiguous().numpy()).copy())
 
 
 def _assembled(artifact: Artifact, arch: str, states: Sequence[StateDict], files: Mapping[str, bytes]) -> _Assembled:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+from backdoorscan.formats.building.values import Operand
 from backdoorscan.formats.onnx.calls import NodeCall
 from backdoorscan.formats.onnx.operators import (
     activations,
@@ -19,7 +20,6 @@ from backdoorscan.formats.onnx.operators import (
     shaping,
     single,
 )
-from backdoorscan.formats.onnx.values import Operand
 
 _OPERATORS: Mapping[str, Callable[[NodeCall], Operand | Sequence[Operand]]] = {
     **activations.OPERATORS,

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from backdoorscan.formats.building.values import Const, Operand, Value
 from backdoorscan.formats.onnx.calls import NodeCall
 from backdoorscan.formats.onnx.operators.shaping import flattened, reshape_to
-from backdoorscan.formats.onnx.values import Const, Operand, Value
 
 
 def _plain(function: Callable[[Tensor], Tensor]) -> Callable[[NodeCall], Operand]:

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from backdoorscan.formats.onnx.batch import BATCH
+from backdoorscan.formats.building.batch import BATCH
+from backdoorscan.formats.building.values import Const, Operand, Value
 from backdoorscan.formats.onnx.calls import NodeCall
-from backdoorscan.formats.onnx.values import Const, Operand, Value
 
 
 def _unary(function: Callable[[Tensor], Tensor]) -> Callable[[NodeCall], Operand]:

@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import torch
 
-from backdoorscan.formats.onnx.batch import BATCH, Images, holds
+from backdoorscan.formats.building.batch import BATCH, Images, holds
+from backdoorscan.formats.building.values import Const, Operand, Origin, Value, to_tensor
 from backdoorscan.formats.onnx.calls import NodeCall
 from backdoorscan.formats.onnx.tensors import FLOATS, INTEGERS, decode
-from backdoorscan.formats.onnx.values import Const, Operand, Origin, Value, to_tensor
 
 
 def _constant(call: NodeCall) -> Operand:

@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping
 
 import torch
 
+from backdoorscan.formats.building.values import Const, Operand, Value
 from backdoorscan.formats.onnx.calls import NodeCall
-from backdoorscan.formats.onnx.values import Const, Operand, Value
 
 
 def _if(call: NodeCall) -> list[Operand]:

@@ -9,9 +9,9 @@ from typing import cast
 from torch import nn
 from torch.nn import functional
 
+from backdoorscan.formats.building.values import Const, Operand, Value
 from backdoorscan.formats.keras.modules import same_padding
 from backdoorscan.formats.onnx.calls import NodeCall
-from backdoorscan.formats.onnx.values import Const, Operand, Value
 
 _CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from backdoorscan.formats.building.values import Const, Operand, Value
 from backdoorscan.formats.onnx.calls import NodeCall
-from backdoorscan.formats.onnx.values import Const, Operand, Value
 
 
 def _linear(call: NodeCall, value: Value, weight: Const, bias: Const | None) -> Value:

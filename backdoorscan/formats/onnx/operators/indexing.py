@@ -9,9 +9,9 @@ from dataclasses import replace
 import torch
 from torch.nn import functional
 
-from backdoorscan.formats.onnx.batch import BATCH, holds
+from backdoorscan.formats.building.batch import BATCH, holds
+from backdoorscan.formats.building.values import Const, Operand, Value
 from backdoorscan.formats.onnx.calls import NodeCall
-from backdoorscan.formats.onnx.values import Const, Operand, Value
 
 _MIXED = "It picks images out of a batch."
 

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from backdoorscan.formats.building.values import Operand, Value
 from backdoorscan.formats.onnx.calls import NodeCall
-from backdoorscan.formats.onnx.values import Operand, Value
 
 _BATCH_NORMS = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 _INSTANCE_NORMS = {3: nn.InstanceNorm1d, 4: nn.InstanceNorm2d, 5: nn.InstanceNorm3d}

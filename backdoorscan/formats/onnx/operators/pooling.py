@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from backdoorscan.formats.building.values import Operand, Value
 from backdoorscan.formats.onnx.calls import NodeCall
 from backdoorscan.formats.onnx.operators.convolution import Window, padded, window
-from backdoorscan.formats.onnx.values import Operand, Value
 
 _MAXIMUM = {1: functional.max_pool1d, 2: functional.max_pool2d, 3: functional.max_pool3d}
 _AVERAGE = {1: functional.avg_pool1d, 2: functional.avg_pool2d, 3: functional.avg_pool3d}

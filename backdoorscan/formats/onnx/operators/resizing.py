@@ -8,8 +8,8 @@ from typing import Any
 
 from torch.nn import functional
 
+from backdoorscan.formats.building.values import Const, Operand
 from backdoorscan.formats.onnx.calls import NodeCall
-from backdoorscan.formats.onnx.values import Const, Operand
 
 _LINEAR = {3: "linear", 4: "bilinear", 5: "trilinear"}
 

@@ -8,10 +8,10 @@ from dataclasses import replace
 
 import torch
 
-from backdoorscan.formats.onnx.batch import BATCH, holds, reshaped, shown
+from backdoorscan.formats.building.batch import BATCH, holds, reshaped, shown
+from backdoorscan.formats.building.values import Const, Operand, Value, permuted
 from backdoorscan.formats.onnx.calls import NodeCall
 from backdoorscan.formats.onnx.operators.constants import expanded
-from backdoorscan.formats.onnx.values import Const, Operand, Value
 
 _MIXED = "It does not treat every image by itself."
 _DYNAMIC = "If the network was exported for a fixed number of images, export it with a dynamic batch."
@@ -65,15 +65,7 @@ def _transpose(call: NodeCall) -> Operand:
     order = tuple(call.integers("perm") or reversed(range(len(operand.shape))))
     if sorted(order) != list(range(len(operand.shape))):
         raise call.unsupported(f"It permutes {len(operand.shape)} axes by {list(order)}.")
-    if isinstance(operand, Const):
-        return operand.permuted(order)
-    # Two permutations make one, or none: files with channels last are full of them.
-    source, before = operand.source or (operand, tuple(range(len(order))))
-    both = tuple(before[axis] for axis in order)
-    if both == tuple(range(len(order))):
-        return source
-    result = call.call(torch.permute, source, both)
-    return Value(result.node, result.meta, (source, both)) if isinstance(result, Value) else result
+    return permuted(operand, order, lambda value, both: call.call(torch.permute, value, both))
 
 
 def _squeeze(call: NodeCall) -> Operand:

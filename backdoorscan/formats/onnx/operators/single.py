@@ -11,10 +11,10 @@ from dataclasses import replace
 
 import torch
 
-from backdoorscan.formats.onnx.batch import BATCH
+from backdoorscan.formats.building.batch import BATCH
+from backdoorscan.formats.building.values import Const, Operand, Value
 from backdoorscan.formats.onnx.calls import NodeCall
 from backdoorscan.formats.onnx.operators import activations, arithmetic, constants, shaping
-from backdoorscan.formats.onnx.values import Const, Operand, Value
 
 _MIXED = "It joins a value made for one image with one made for many."
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from backdoorscan.formats.onnx.batch import holds
-from backdoorscan.formats.onnx.values import Const, Operand
+from backdoorscan.formats.building.batch import holds
+from backdoorscan.formats.building.values import Const, Operand
 from backdoorscan.formats.pt2.calls import NodeCall
 from backdoorscan.formats.pt2.operators.shaping import expanded
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from backdoorscan.formats.onnx.values import Const, Value
+from backdoorscan.formats.building.values import Const, Value
 from backdoorscan.formats.pt2.calls import NodeCall
 
 _TRAINING = "Export the network in evaluation mode: model.eval()."

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from backdoorscan.formats.onnx.batch import BATCH, holds, reshaped, shown
-from backdoorscan.formats.onnx.values import Const, Operand, Value
+from backdoorscan.formats.building.batch import BATCH, holds, reshaped, shown
+from backdoorscan.formats.building.values import Const, Operand, Value, permuted
 from backdoorscan.formats.pt2.calls import DYNAMIC, NodeCall
 
 _MIXED = "It does not treat every image by itself."
@@ -74,15 +74,7 @@ def _unsqueeze(call: NodeCall) -> Operand:
 def _permuted(call: NodeCall, operand: Operand, order: tuple[int, ...]) -> Operand:
     if sorted(order) != list(range(len(operand.shape))):
         raise call.unsupported(f"It permutes {len(operand.shape)} axes by {list(order)}.")
-    if isinstance(operand, Const):
-        return operand.permuted(order)
-    # Two permutations make one, or none: a network fed with channels last starts with them.
-    source, before = operand.source or (operand, tuple(range(len(order))))
-    both = tuple(before[axis] for axis in order)
-    if both == tuple(range(len(order))):
-        return source
-    result = call.one(torch.permute, source, both)
-    return Value(result.node, result.meta, (source, both)) if isinstance(result, Value) else result
+    return permuted(operand, order, lambda value, both: call.one(torch.permute, value, both))
 
 
 def _permute(call: NodeCall) -> Operand:

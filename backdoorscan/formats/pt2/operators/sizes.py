@@ -6,7 +6,7 @@ import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from backdoorscan.formats.onnx.batch import holds
+from backdoorscan.formats.building.batch import holds
 from backdoorscan.formats.pt2.calls import DYNAMIC, NodeCall
 
 CHECKS = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeAlias
@@ -88,6 +89,26 @@ class Value:
 
 
 Operand: TypeAlias = Const | Value
+
+
+def permuted(operand: Operand, order: tuple[int, ...], run: Callable[[Value, tuple[int, ...]], Operand]) -> Operand:
+    """An operand with another order of axes; two permutations in a row make one, or none.
+
+    Files with channels last are full of them.
+
+    Args:
+        operand: What to permute.
+        order: Each axis once.
+        run: Adds the permutation of a value to the graph.
+    """
+    if isinstance(operand, Const):
+        return operand.permuted(order)
+    source, before = operand.source or (operand, tuple(range(len(order))))
+    both = tuple(before[axis] for axis in order)
+    if both == tuple(range(len(order))):
+        return source
+    result = run(source, both)
+    return Value(result.node, result.meta, (source, both)) if isinstance(result, Value) else result
 
 
 def to_tensor(array: NDArray[Any]) -> Tensor:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from backdoorscan.formats.onnx.batch import BATCH as N
-from backdoorscan.formats.onnx.batch import reshaped
+from backdoorscan.formats.building.batch import BATCH as N
+from backdoorscan.formats.building.batch import reshaped
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from backdoorscan.errors import UnsafeModelError, UnsupportedModelError
-from backdoorscan.formats.onnx.batch import BATCH, holds
-from backdoorscan.formats.onnx.parse import Node
-from backdoorscan.formats.onnx.values import Const
+from backdoorscan.formats.building.batch import BATCH, holds
 
 _MAX_VALUE = 2**27
 _MAX_VALUES = 2**30
@@ -28,11 +26,11 @@ class Limits:
         self._folding = 4 * stored + 16 * _MAX_FOLDED
         self._values = 0
 
-    def fold(self, node: Node, result: Tensor, inputs: Sequence[Const]) -> None:
+    def fold(self, node: object, result: Tensor, operands: Sequence[Tensor]) -> None:
         """Allow a constant to be computed from others."""
         size = result.numel()
         self._folding -= size
-        if self._folding < 0 or size > max(_MAX_FOLDED, sum(const.tensor.numel() for const in inputs)):
+        if self._folding < 0 or size > max(_MAX_FOLDED, sum(tensor.numel() for tensor in operands)):
             self._refuse(node, f"It makes a constant of {size:,} numbers from a few.")
 
     def image(self, size: Sequence[int]) -> None:
@@ -44,7 +42,7 @@ class Limits:
                 hint="Do not use this file.",
             )
 
-    def value(self, node: Node, result: Tensor) -> None:
+    def value(self, node: object, result: Tensor) -> None:
         """Allow a value to be computed for every image."""
         if sum(map(holds, result.shape)) != 1:
             raise UnsupportedModelError(
@@ -57,7 +55,7 @@ class Limits:
         if size > _MAX_VALUE or self._values > _MAX_VALUES:
             self._refuse(node, f"It computes {size:,} numbers for one image.")
 
-    def _refuse(self, node: Node, why: str) -> None:
+    def _refuse(self, node: object, why: str) -> None:
         raise UnsafeModelError(
             f"The model was refused: its operator {node} needs more memory than any real network's.",
             why=why,
