@@ -51,11 +51,23 @@ class BackdoorscanError(Exception):
 
     exit_code: ClassVar[ExitCode] = ExitCode.ERROR
 
+    what: str
+    why: str
+    hint: str
+
     def __init__(self, what: str, *, why: str = "", hint: str = "") -> None:
         super().__init__(what)
         self.what = what
         self.why = why
         self.hint = hint
+
+    def __setattr__(self, name: str, value: object) -> None:
+        # They quote names out of files that strangers made, which may hold escape codes and line ends.
+        if name in ("what", "why", "hint"):
+            value = "".join(
+                character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in str(value)
+            )
+        super().__setattr__(name, value)
 
     def __str__(self) -> str:
         return "\n".join(part for part in (self.what, self.why, self.hint) if part)

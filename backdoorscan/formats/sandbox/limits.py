@@ -36,6 +36,6 @@ class Limits:
             size: Bytes of what the child is given.
         """
         memory = 4096 * _MEGABYTE + 8 * size
-        seconds = 120 + size // _MEGABYTE
+        seconds = 60 + size // _MEGABYTE
         # Several programs may share a core.
         return cls(seconds, memory, memory, 10.0 * seconds)
