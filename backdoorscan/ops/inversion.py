@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from backdoorscan.classifier import Classifier
-from backdoorscan.ops.searching import draw, frozen
+from backdoorscan.ops.searching import Descent, draw, frozen
 from backdoorscan.trigger import Trigger, stamp
 
 
@@ -135,7 +135,7 @@ def invert(
         mask_raw = torch.stack([start.mask for start in starts]).logit(eps=0.01)
         pattern_raw = torch.stack([start.pattern for start in starts]).logit(eps=0.01)
     mask_raw, pattern_raw = mask_raw.to(device).requires_grad_(), pattern_raw.to(device).requires_grad_()
-    optimizer = torch.optim.Adam([mask_raw, pattern_raw], lr=schedule.learning_rate, betas=(0.5, 0.9))
+    descent = Descent([mask_raw, pattern_raw], schedule.learning_rate)
 
     state = CostState(len(rows), schedule)
     best_mask, best_pattern = torch.zeros_like(mask_raw), torch.zeros_like(pattern_raw)
@@ -166,9 +166,7 @@ def invert(
                 if bystanders:
                     entropy = entropy + entropies[:, schedule.batch_size :].mean(1)
                 size = mask.flatten(1).sum(1)
-                optimizer.zero_grad()
-                (entropy + state.cost[active].to(device) * size).sum().backward()
-                optimizer.step()
+                descent.step((entropy + state.cost[active].to(device) * size).sum())
                 loss += entropy.detach().cpu() / schedule.batches
                 right = (logits.argmax(1) == wanted).float().view(-1, per_row)
                 hits += right.mean(1).cpu() / schedule.batches

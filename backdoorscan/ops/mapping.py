@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from backdoorscan.classifier import Classifier
-from backdoorscan.ops.searching import draw, frozen
+from backdoorscan.ops.searching import Descent, draw, frozen
 from backdoorscan.trigger import Trigger, stamp
 
 _HOLD = 0.85  # weight of the past in running averages
@@ -97,7 +97,7 @@ def find_mapping(
     channels, height, width = classifier.input_shape
     mask_raw = (torch.randn(starts, 1, height, width, generator=generator) - 1).requires_grad_()
     pattern_raw = torch.randn(starts, channels, height, width, generator=generator).requires_grad_()
-    optimizer = torch.optim.Adam([mask_raw, pattern_raw], lr=schedule.learning_rate, betas=(0.5, 0.9))
+    descent = Descent([mask_raw, pattern_raw], schedule.learning_rate)
     cost, success, weight = torch.zeros(starts), torch.zeros(starts), 0.0
     best = torch.full((starts,), math.inf)
     kept_mask, kept_pattern = torch.zeros_like(mask_raw), torch.zeros_like(pattern_raw)
@@ -134,9 +134,7 @@ def find_mapping(
                     best[better] = size[better]
                     kept_mask[better], kept_pattern[better] = mask[better], pattern[better]
                     cost = torch.where(holds, (cost * _RISE).clamp_min(1e-3), cost / _RISE**1.5)
-            optimizer.zero_grad()
-            loss.sum().backward()
-            optimizer.step()
+            descent.step(loss.sum())
             progress((step + 1) / total)
     held = math.isfinite(float(best.min()))
     row = int(best.argmin() if held else success.argmax())

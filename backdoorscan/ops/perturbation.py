@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from backdoorscan.classifier import Classifier
 from backdoorscan.ops.inversion import CostState, Schedule
-from backdoorscan.ops.searching import draw, frozen
+from backdoorscan.ops.searching import Descent, draw, frozen
 
 
 class Family(Protocol):
@@ -121,7 +121,7 @@ def find_perturbations(
         One result per target, in their order, and the gradient samples used.
     """
     state = CostState(len(targets), schedule)
-    optimizer = torch.optim.Adam([family.parameters], lr=schedule.learning_rate, betas=(0.5, 0.9))
+    descent = Descent([family.parameters], schedule.learning_rate)
     aims, rows = torch.tensor(targets), torch.arange(len(targets))
     pools = [(labels != target).nonzero().flatten() for target in targets]
     best = family.parameters.detach().clone()
@@ -138,9 +138,7 @@ def find_perturbations(
             entropy = functional.cross_entropy(scores, wanted, reduction="none").view(len(active), -1).mean(1)
             size = family.size(active)
             before = family.parameters.detach().clone()
-            optimizer.zero_grad()
-            (entropy + state.cost[active] * size).sum().backward()
-            optimizer.step()
+            descent.step((entropy + state.cost[active] * size).sum())
             hits = (scores.argmax(1) == wanted).float().view(len(active), -1).mean(1)
             improved = active[state.update(active, hits, size.detach())]
             best[improved] = before[improved]

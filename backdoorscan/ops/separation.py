@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,25 +18,44 @@ from torch.nn import functional
 
 from backdoorscan.classifier import Classifier, logits
 from backdoorscan.errors import UnsupportedModelError
-from backdoorscan.ops.shift import head_features
+from backdoorscan.ops.shift import head_features_and_scores
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a network makes of images.
+
+    Attributes:
+        features: Shape (N, D): what its head is given; the scores, of a network that cannot be followed.
+        scores: Shape (N, K): its logits.
+    """
+
+    features: Tensor
+    scores: Tensor
+
+    def __getitem__(self, chosen: Tensor) -> Seen:
+        return Seen(self.features[chosen], self.scores[chosen])
+
+
+def seen(classifier: Classifier, images: Tensor) -> Seen:
+    """Show images (N, C, H, W) in [0, 1] to a network."""
+    try:
+        return Seen(*head_features_and_scores(classifier, images))
+    except UnsupportedModelError:
+        scores = logits(classifier, images)
+        return Seen(scores, scores)
 
 
 def separation(
-    classifier: Classifier,
-    images: Tensor,
-    labels: Tensor,
-    target: int,
-    apply: Callable[[Tensor], Tensor],
-    head: Callable[[Tensor], Tensor],
+    before: Seen, after: Seen, labels: Tensor, target: int, head: Callable[[Tensor], Tensor]
 ) -> dict[str, float]:
     """What a trigger does to images.
 
     Args:
-        classifier: The network.
-        images: Shape (N, C, H, W) in [0, 1], none of class ``target``; at least one.
-        labels: Shape (N,).
+        before: What the network makes of images (N of them), none of class ``target``; at least one.
+        after: What it makes of them with the trigger.
+        labels: Shape (N,): their classes.
         target: Where the trigger leads.
-        apply: Images -> images with the trigger.
         head: Features (N, D) -> scores (N, K), a head trained anew on clean images.
 
     Returns:
@@ -44,30 +64,25 @@ def separation(
         differ between images; ``retention``, how much of those differences is the images' own; ``transfer``, the part
         of the images that the new head is sent to the target with.
     """
-    stamped = apply(images)
-    before, after = features(classifier, images), features(classifier, stamped)
-    clean, scores = logits(classifier, images), logits(classifier, stamped)
-    success = float((scores.argmax(1) == target).double().mean())
-    clean[:, target] = scores[:, target] = -torch.inf
-    led = float((clean.argmax(1) == labels).double().mean())
-    a, b = before - before.mean(0), after - after.mean(0)
+    success = float((after.scores.argmax(1) == target).double().mean())
+    second, led = (float((_best_but(one.scores, target) == labels).double().mean()) for one in (after, before))
+    a, b = (one.features - one.features.mean(0) for one in (before, after))
     total = a.square().sum().clamp_min(1e-12)
-    new = [float((head(values).argmax(1) == target).double().mean()) for values in (before, after)]
+    new = [float((head(one.features).argmax(1) == target).double().mean()) for one in (before, after)]
     return {
         "success": success,
-        "second": float((scores.argmax(1) == labels).double().mean()) / max(led, 0.01),
+        "second": second / max(led, 0.01),
         "dispersion": math.log(float(b.square().sum() / total) + 1e-6),
         "retention": float((a * b).sum() / total),
         "transfer": new[1] - new[0],
     }
 
 
-def features(classifier: Classifier, images: Tensor) -> Tensor:
-    """What the head is given for images (N, C, H, W): (N, D); the logits of a network that cannot be followed."""
-    try:
-        return head_features(classifier, images)
-    except UnsupportedModelError:
-        return logits(classifier, images)
+def _best_but(scores: Tensor, target: int) -> Tensor:
+    """The best class (N,) of scores (N, K) but ``target``."""
+    others = scores.clone()
+    others[:, target] = -torch.inf
+    return others.argmax(1)
 
 
 def retrained_head(features: Tensor, labels: Tensor, classes: int) -> Callable[[Tensor], Tensor]:

@@ -58,11 +58,24 @@ def head_features(classifier: Classifier, images: Tensor) -> Tensor:
     Raises:
         UnsupportedModelError: The network cannot be followed.
     """
+    return head_features_and_scores(classifier, images)[0]
+
+
+@torch.no_grad()
+def head_features_and_scores(classifier: Classifier, images: Tensor) -> tuple[Tensor, Tensor]:
+    """What ``head_features`` returns, and the logits (N, K) with it.
+
+    Raises:
+        UnsupportedModelError: The network cannot be followed.
+    """
     network = classifier.graph_module
-    front, _ = graph.split(network, graph.head_node(network).all_input_nodes[0])
-    with torch.no_grad():
-        values = torch.cat([front(classifier.native(part))[0] for part in images.split(256)])
-    return values.mean((2, 3)) if values.ndim == 4 else values.flatten(1)
+    front, rest = graph.split(network, graph.head_node(network).all_input_nodes[0])
+    features, scores = [], []
+    for part in images.split(256):
+        values = front(classifier.native(part))
+        features.append(values[0].mean((2, 3)) if values[0].ndim == 4 else values[0].flatten(1))
+        scores.append(classifier.class_scores(rest(*values)))
+    return torch.cat(features), torch.cat(scores)
 
 
 def persistence(masks: Tensor) -> float:

@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from backdoorscan.classifier import Classifier, logits
 from backdoorscan.images import LabelledImages
-from backdoorscan.ops.searching import frozen
+from backdoorscan.ops.searching import Descent, frozen
 
 COUNT = 64
 """Images to make, about."""
@@ -54,15 +54,13 @@ def make_images(
     coarse = (math.ceil(height / _COARSENESS), math.ceil(width / _COARSENESS))
     device = next((parameter.device for parameter in classifier.parameters()), torch.device("cpu"))
     raw = torch.randn(len(labels), channels, *coarse, generator=generator).to(device).requires_grad_()
-    optimizer = torch.optim.Adam([raw], lr=_LEARNING_RATE)
+    descent = Descent([raw], _LEARNING_RATE, betas=(0.9, 0.999))
     aims = labels.to(device)
     with frozen(classifier):
         for step in range(_STEPS):
             images = _grown(raw, (height, width))
             loss = functional.cross_entropy(classifier(images), aims, reduction="sum")
-            optimizer.zero_grad()
-            (loss + _SMOOTHNESS * _total_variation(images)).backward()
-            optimizer.step()
+            descent.step(loss + _SMOOTHNESS * _total_variation(images))
             progress((step + 1) / _STEPS)
     with torch.no_grad():
         made = _grown(raw, (height, width))

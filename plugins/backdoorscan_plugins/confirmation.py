@@ -16,7 +16,7 @@ from backdoorscan.classifier import Classifier, to_tensor
 from backdoorscan.errors import MethodError
 from backdoorscan.findings import Evidence, Examined, Finding, Judgement, Unit
 from backdoorscan.images import LabelledImages
-from backdoorscan.ops.separation import features, retrained_head, separation
+from backdoorscan.ops.separation import retrained_head, seen, separation
 from backdoorscan.plugin.detector import MANY_CLASSES, Detector, split_images
 from backdoorscan.plugin.method import Context, option
 from backdoorscan_plugins.perturbations import reached_sizes
@@ -71,10 +71,11 @@ class Confirmation(Detector):
         others = labels != label
         if not bool(others.any()):
             raise MethodError(f"{self.id} cannot examine label {label}: the images hold no other class.")
-        known = features(classifier, to_tensor(train.pixels))
-        head = retrained_head(known, torch.from_numpy(train.labels), classifier.num_classes)
+        known = seen(classifier, to_tensor(train.pixels))
+        head = retrained_head(known.features, torch.from_numpy(train.labels), classifier.num_classes)
         pixels = to_tensor(held_out.pixels)[others]
-        figures = separation(classifier, pixels, labels[others], label, trigger.stamp, head)
+        before, after = seen(classifier, pixels), seen(classifier, trigger.stamp(pixels))
+        figures = separation(before, after, labels[others], label, head)
         answered = {name: context.earlier[name].judgement for name in _TOGETHER if name in context.earlier}
         figures |= {f"p_{name}": _p_value(j, label) for name, j in answered.items() if j.p_value is not None}
         if classifier.num_classes <= MANY_CLASSES:

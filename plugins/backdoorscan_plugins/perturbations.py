@@ -20,7 +20,7 @@ from backdoorscan.images import LabelledImages
 from backdoorscan.ops.inversion import Schedule
 from backdoorscan.ops.outliers import Spread, small_outliers
 from backdoorscan.ops.perturbation import Additive, Family, Found, Warp, find_perturbations
-from backdoorscan.ops.separation import features, retrained_head, separation
+from backdoorscan.ops.separation import retrained_head, seen, separation
 from backdoorscan.ops.shift import mean_trigger
 from backdoorscan.plugin.detector import MANY_CLASSES, Detector, examined_labels, split_images
 from backdoorscan.plugin.method import Context, option
@@ -89,12 +89,14 @@ class _Perturbations(Detector):
         found, samples = find_perturbations(
             classifier, pixels, labels, unit.labels, family, self._schedule(), generator, context.progress
         )
-        head = retrained_head(features(classifier, pixels), labels, classifier.num_classes)
+        head = retrained_head(seen(classifier, pixels).features, labels, classifier.num_classes)
+        clean = seen(classifier, test_pixels)
         rows: list[dict[str, Any]] = []
         triggers: list[Trigger] = []
         for label, one in zip(unit.labels, found, strict=True):
             others = test_labels != label
-            figures = separation(classifier, test_pixels[others], test_labels[others], label, one.apply, head)
+            stamped = seen(classifier, one.apply(test_pixels[others]))
+            figures = separation(clean[others], stamped, test_labels[others], label, head)
             rows.append(
                 {
                     "label": label,
@@ -103,7 +105,8 @@ class _Perturbations(Detector):
                     **{name: round(value, 5) for name, value in figures.items()},
                 }
             )
-            triggers += self._trigger(one, classifier, test_pixels[others], label)
+            if one.succeeded:
+                triggers += self._trigger(one, classifier, test_pixels[others], label)
         return Evidence(figures={"labels": rows}, triggers=triggers, gradient_samples=samples)
 
     def _schedule(self) -> Schedule:

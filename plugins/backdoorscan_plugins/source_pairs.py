@@ -17,7 +17,7 @@ from backdoorscan.errors import MethodError
 from backdoorscan.findings import Evidence, Finding, Judgement, Unit
 from backdoorscan.images import LabelledImages
 from backdoorscan.ops.inversion import Schedule, invert
-from backdoorscan.ops.separation import features, retrained_head, separation
+from backdoorscan.ops.separation import retrained_head, seen, separation
 from backdoorscan.plugin.detector import Detector, heats, last_round, recognised, split_images
 from backdoorscan.plugin.method import Context, option
 from backdoorscan.trigger import Trigger
@@ -120,7 +120,7 @@ class SourcePairs(Detector):
             )
         triggers = [result.trigger for result in results]
         if unit.round > len(self.stay):
-            head = retrained_head(features(classifier, pixels), labels, classifier.num_classes)
+            head = retrained_head(seen(classifier, pixels).features, labels, classifier.num_classes)
             for row, trigger in zip(rows, triggers, strict=True):
                 row |= _measured(classifier, held_out, row, trigger, head)
         return Evidence(figures={"labels": rows}, triggers=triggers, gradient_samples=samples)
@@ -170,7 +170,8 @@ def _measured(
 ) -> dict[str, float]:
     pixels, labels = to_tensor(images.pixels), torch.from_numpy(images.labels)
     source, others = labels == row["source"], (labels != row["source"]) & (labels != row["label"])
-    figures = separation(classifier, pixels[source], labels[source], row["label"], trigger.stamp, head)
+    before, after = seen(classifier, pixels[source]), seen(classifier, trigger.stamp(pixels[source]))
+    figures = separation(before, after, labels[source], row["label"], head)
     left = logits(classifier, trigger.stamp(pixels[others])).argmax(1)
     kept = float((left == labels[others]).double().mean()) if len(left) else 1.0
     return {name: round(value, 5) for name, value in {**figures, "kept": kept}.items()}

@@ -6,7 +6,7 @@ import torch
 from torch import fx, nn
 
 from backdoorscan.classifier import Classifier, logits
-from backdoorscan.ops.separation import features, retrained_head, separation
+from backdoorscan.ops.separation import retrained_head, seen, separation
 
 CLASSES, TARGET = 4, 3
 
@@ -43,9 +43,9 @@ def clean():
 
 def measured(net, clean, apply):
     pixels, labels = clean
-    head = retrained_head(features(net, pixels), labels, CLASSES)
+    head = retrained_head(seen(net, pixels).features, labels, CLASSES)
     others = labels != TARGET
-    return separation(net, pixels[others], labels[others], TARGET, apply, head)
+    return separation(seen(net, pixels[others]), seen(net, apply(pixels[others])), labels[others], TARGET, head)
 
 
 def test_doing_nothing_changes_nothing(net, clean):
@@ -93,15 +93,22 @@ def test_how_often_the_true_class_leads_is_relative_to_the_clean_images(net, cle
     pixels, labels = clean
     wrong = labels.clone()
     wrong[labels == 0] = 1  # a third of the victims is not recognised anyway
-    head = retrained_head(features(net, pixels), labels, CLASSES)
+    before = seen(net, pixels)
+    head = retrained_head(before.features, labels, CLASSES)
     others = labels != TARGET
-    figures = separation(net, pixels[others], wrong[others], TARGET, lambda images: images, head)
+    figures = separation(before[others], before[others], wrong[others], TARGET, head)
     assert figures["second"] == pytest.approx(1)
 
 
 def test_the_features_of_a_network_that_cannot_be_followed_are_its_logits(clean):
     network = Classifier(Odd(), input_shape=(1, 1, 5), num_classes=CLASSES)
-    assert torch.equal(features(network, clean[0]), logits(network, clean[0]))
+    both = seen(network, clean[0])
+    assert torch.equal(both.features, both.scores)
+    assert torch.equal(both.scores, logits(network, clean[0]))
+
+
+def test_the_scores_are_the_networks(net, clean):
+    assert torch.equal(seen(net, clean[0]).scores, logits(net, clean[0]))
 
 
 def test_the_new_head_is_ridge_regression():
@@ -122,5 +129,5 @@ def test_the_new_head_is_ridge_regression():
 
 def test_the_new_head_recognises_the_classes(net, clean):
     pixels, labels = clean
-    known = features(net, pixels)
+    known = seen(net, pixels).features
     assert retrained_head(known, labels, CLASSES)(known).argmax(1).tolist() == labels.tolist()
