@@ -20,6 +20,7 @@ from backdoorscan.formats.loading import ReadOptions, load_model, read_artifact
 from backdoorscan.images import LabelledImages
 from backdoorscan.measured import Attacks, EvaluationReport, Scores
 from backdoorscan.ops.metrics import accuracy, attack_counts, macro_precision
+from backdoorscan.registry import Registry
 from backdoorscan.trigger import Trigger
 
 
@@ -106,23 +107,25 @@ def predictions(network: nn.Module, images: LabelledImages) -> Tensor:
 
 
 def evaluate(
-    model: str | Path,
+    model: str | Path | Artifact,
     images: LabelledImages | str | Path,
     poisoned: LabelledImages | str | Path | None = None,
     read: ReadOptions | None = None,
     *,
     target: int | None = None,
     seed: int = 0,
+    registry: Registry | None = None,
 ) -> EvaluationReport:
     """Measure a model file: a network, a repaired one, or a GoodNet.
 
     Args:
-        model: The file.
+        model: The file, or what was read of it.
         images: Clean labelled images, or where to read them.
         poisoned: Images with the trigger on them; see ``measure`` for what their labels mean.
         read: What is known about the file.
         target: The target label.
         seed: Chooses the images that decide how the network was fed.
+        registry: Where loaders are found.
 
     Raises:
         BackdoorscanError: The file or the images cannot be used.
@@ -132,7 +135,7 @@ def evaluate(
         images = load_images(images)
     if poisoned is not None and not isinstance(poisoned, LabelledImages):
         poisoned = load_images(poisoned)
-    network, facts, num_classes = open_network(model, images, read, seed)
+    network, facts, num_classes = open_network(model, images, read, seed, registry)
     rejects = num_classes if facts["kind"] == "goodnet" else None
     check_images(images, poisoned, target, num_classes)
     scores = measure(network, images, poisoned, target=target, rejects=rejects)
@@ -164,10 +167,14 @@ def check_images(images: LabelledImages, poisoned: LabelledImages | None, target
 
 
 def open_network(
-    path: str | Path, images: LabelledImages, read: ReadOptions | None, seed: int
+    model: str | Path | Artifact,
+    images: LabelledImages,
+    read: ReadOptions | None,
+    seed: int,
+    registry: Registry | None = None,
 ) -> tuple[nn.Module, dict[str, Any], int]:
     """A network or a GoodNet, its facts for the report, and its number of classes without "backdoored"."""
-    artifact = read_artifact(path)
+    artifact = model if isinstance(model, Artifact) else read_artifact(model, registry)
     if is_goodnet(artifact):
         goodnet = GoodNetFile(artifact)
         if goodnet.input_shape != images.shape:
@@ -176,14 +183,14 @@ def open_network(
             )
         facts = {
             "kind": "goodnet",
-            "path": str(path),
+            "path": str(artifact.path),
             "sha256": artifact.sha256,
             "format": goodnet.format,
             "input_shape": list(goodnet.input_shape),
             "num_classes": goodnet.num_classes,
         }
         return goodnet, facts, goodnet.num_classes
-    loaded = load_model(artifact, images, read, seed=seed)
+    loaded = load_model(artifact, images, read, seed=seed, registry=registry)
     return loaded.classifier, {"kind": "classifier", **loaded.facts}, loaded.classifier.num_classes
 
 

@@ -16,7 +16,6 @@ from torch import nn
 
 import backdoorscan
 from backdoorscan import ReadOptions, RepairOptions, ScanOptions, Verdict, load_images, scan
-from backdoorscan.api import ModuleArtifact
 from backdoorscan.engine.keeping import Keeping
 from backdoorscan.errors import BackdoorscanError, ImagesError, OutputError, UnknownNameError, UsageError
 from backdoorscan.findings import Finding
@@ -48,18 +47,6 @@ class Scaled(nn.Module):
 
     def forward(self, x):
         return self.inner(x / 255)
-
-
-class Tied(nn.Module):
-    """Knows its last layer by two names, of which only one is used."""
-
-    def __init__(self, network):
-        super().__init__()
-        self.body, self.head = network[:-1], network[-1]
-        self.other_name = self.head
-
-    def forward(self, x):
-        return self.head(self.body(x))
 
 
 class Two(nn.Linear):
@@ -133,14 +120,6 @@ def test_the_users_network_is_left_alone(network, images):
     assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
 
 
-def test_the_digest_is_that_of_the_state_dict(network):
-    digest = ModuleArtifact.of(network).sha256
-    assert digest == ModuleArtifact.of(planted_network(2, **SIZES)).sha256
-    assert digest != ModuleArtifact.of(planted_network(3, **SIZES)).sha256
-    assert digest != ModuleArtifact.of(network.half()).sha256
-    assert digest != ModuleArtifact.of(nn.Sequential(planted_network(2, **SIZES))).sha256
-
-
 @pytest.mark.parametrize("wrap", [Stubborn, Scaled, nn.Sequential])
 def test_other_networks(wrap, network, images):
     wrapped = wrap(network)
@@ -207,22 +186,12 @@ def test_a_repaired_network_comes_back_as_a_state_dict(network, images, tmp_path
         backdoorscan.repair(network, images, options=options, findings=[finding])
 
 
-def test_weights_with_two_names_stay_one(network, tmp_path):
-    tied = Tied(network).half()
-    artifact = ModuleArtifact.of(tied)
-    loader = backdoorscan.api.ModuleLoader()
-    loaded = loader.load(artifact, None).network
-    weights = {name: tensor + 1 for name, tensor in loaded.state_dict().items() if name.startswith("head")}
-    loader.write(artifact, weights, tmp_path / "tied.pt")
-    written = torch.load(tmp_path / "tied.pt", weights_only=True)
-    assert written.keys() == tied.state_dict().keys()
-    assert torch.equal(written["head.bias"], tied.head.bias + 1)
-    assert torch.equal(written["other_name.bias"], written["head.bias"])
-    assert written["head.bias"].dtype == torch.float16
-    for wrong in ({"tail.bias": torch.zeros(5)}, {"head.bias": torch.zeros(6)}):
-        with pytest.raises(BackdoorscanError, match=r"tail\.bias|repaired weights"):
-            loader.write(artifact, wrong, tmp_path / "wrong.pt")
-    assert not (tmp_path / "wrong.pt").exists()
+def test_the_folder_of_a_repaired_network_is_named_after_its_class(network, images, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    finding = Finding(target_label=2, p_value=0.0, score=1.0, trigger=planted_trigger(2, blocks=3))
+    options = RepairOptions(method="prune", settings={"drop": (2.0,)}, rescan=False)
+    backdoorscan.repair(network, images, options=options, findings=[finding])
+    assert [path.name for path in tmp_path.iterdir()] == ["Sequential-repaired"]
 
 
 def test_an_evaluation_says_what_it_measured(network, images):

@@ -6,8 +6,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeAlias
 
-import typer
-
 from backdoorscan.cli import _options as shared
 from backdoorscan.cli._console import Terminal
 from backdoorscan.errors import UnknownNameError
@@ -18,16 +16,7 @@ if TYPE_CHECKING:
 
 FORMATS = ("table", "json")
 
-Format: TypeAlias = Annotated[
-    list[str] | None,
-    typer.Option(
-        "-f",
-        "--format",
-        metavar="FORMAT[=FILE]",
-        help="table or json; to stdout or a file; repeatable. [default: table]",
-        rich_help_panel=shared.REPORT,
-    ),
-]
+Format: TypeAlias = Annotated[list[str] | None, shared.format_option("table or json")]
 
 
 def check_formats(terminal: Terminal, formats: Sequence[str] | None, output: Path | None) -> None:

@@ -21,6 +21,19 @@ FEEDING = "How the model was fed (found on the clean images unless given)"
 RUNNING = "How it runs"
 REPORT = "The report"
 
+
+def format_option(formats: str, **settings: Any) -> Any:
+    """``-f`` of a command whose report comes in these formats."""
+    return typer.Option(
+        "-f",
+        "--format",
+        metavar="FORMAT[=FILE]",
+        help=f"{formats}; to stdout or a file; repeatable. [default: table]",
+        rich_help_panel=REPORT,
+        **settings,
+    )
+
+
 Model: TypeAlias = Annotated[
     Path, typer.Argument(metavar="MODEL", help="The model file: Keras, ONNX, .pt2, or weights with --arch.")
 ]
@@ -128,14 +141,7 @@ MethodOption: TypeAlias = Annotated[
 ]
 Format: TypeAlias = Annotated[
     list[str] | None,
-    typer.Option(
-        "-f",
-        "--format",
-        metavar="FORMAT[=FILE]",
-        autocompletion=ids("reporter"),
-        help="table, json, html, markdown, sarif, junit, cyclonedx; to stdout or a file; repeatable. [default: table]",
-        rich_help_panel=REPORT,
-    ),
+    format_option("table, json, html, markdown, sarif, junit, cyclonedx", autocompletion=ids("reporter")),
 ]
 Output: TypeAlias = Annotated[
     Path | None,

@@ -23,7 +23,7 @@ from backdoorscan.formats.onnx.export import export as export_onnx
 from backdoorscan.formats.onnx.export import run_with_onnxruntime
 from backdoorscan.formats.onnx.parse import companions, parse
 from backdoorscan.formats.onnx.plain import GOODNET, ParsedOnnx
-from backdoorscan.formats.onnx.verify import part_of
+from backdoorscan.formats.onnx.verify import excerpt_of
 from backdoorscan.formats.pt2.export import export as export_pt2
 from backdoorscan.formats.pt2.parse import extra, is_pt2
 from backdoorscan.formats.pt2.reading import read
@@ -183,10 +183,10 @@ def _program(artifact: Artifact) -> _Run:
 
 def _graph(artifact: Artifact, parsed: ParsedOnnx) -> _Run:
     """An ONNX graph, run by onnxruntime in the sandbox."""
-    part, name = part_of(parsed), str(artifact.path)
+    excerpt, name = excerpt_of(parsed, [parsed.output]), str(artifact.path)
 
     def run(inputs: Tensor) -> Tensor:
-        ((scores,),) = run_apart(reference.run, artifact.data, {}, *part, [parsed.output], [inputs.numpy()], name=name)
+        ((scores,),) = run_apart(reference.run, artifact.data, {}, excerpt, [inputs.numpy()], name=name)
         return torch.from_numpy(scores)
 
     return run

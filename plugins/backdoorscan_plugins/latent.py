@@ -84,8 +84,8 @@ class LatentShift(Detector):
         features = None if head is None else head_features(classifier, to_tensor(images.pixels))
         if head is None or features is None or features.shape[1] != head[0].shape[1]:
             return Evidence(figures=_NOTHING)
-        figures = _rows(step_lengths(*head, features, self.part), unit.labels, "step", largest=False)
-        median_lengths = step_lengths(*head, features, 0.5)
+        lengths, median_lengths = step_lengths(*head, features, (self.part, 0.5))
+        figures = _rows(lengths, unit.labels, "step", largest=False)
         chosen = list(unit.labels)
         ranking = [chosen[i] for i in median_lengths[chosen].argsort(stable=True).tolist()]
         return Evidence(figures={**figures, "ranking": ranking[:_MOST_ROWS]})

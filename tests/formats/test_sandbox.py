@@ -147,10 +147,10 @@ def test_heavy_modules_are_not_imported(bad):
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
 def test_the_helper_has_one_thread(bad):
     """One with several could not be forked safely."""
-    from backdoorscan.formats.onnx.reference import run
+    from backdoorscan.formats.onnx.reference import Excerpt, run
 
     with pytest.raises(ArtifactError):
-        run_apart(run, b"", {}, [], [], "x", [], [], name="x")
+        run_apart(run, b"", {}, Excerpt([], [], "x", []), [], name="x")
     process = sandbox._HELPER._process
     assert process is not None
     inner = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()

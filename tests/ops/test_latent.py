@@ -31,7 +31,7 @@ def arrived(weights, bias, features, label, step, positive):
 @pytest.mark.parametrize("seed", range(5))
 def test_all_images_arrive_with_that_step_and_not_with_a_shorter_one(positive, seed):
     weights, bias, features = case(seed=seed, positive=positive)
-    lengths = step_lengths(weights, bias, features, 1.0).tolist()
+    lengths = step_lengths(weights, bias, features, [1.0])[0].tolist()
     for label, length in enumerate(lengths):
         if np.isinf(length):
             assert arrived(weights, bias, features, label, 1e6, positive) < 1
@@ -44,22 +44,30 @@ def test_all_images_arrive_with_that_step_and_not_with_a_shorter_one(positive, s
 @pytest.mark.parametrize("part", [0.5, 0.9])
 def test_of_two_classes_the_part_asked_for_arrives(part):
     weights, bias, features = case(classes=2, count=101, positive=False)
-    lengths = step_lengths(weights, bias, features, part).tolist()
+    lengths = step_lengths(weights, bias, features, [part])[0].tolist()
     for label, length in enumerate(lengths):
         assert arrived(weights, bias, features, label, length + 1e-6, False) >= part
         assert length == 0 or arrived(weights, bias, features, label, length - 1e-6, False) < part
     assert max(lengths) > 0
 
 
+def test_quantiles_taken_together_are_those_taken_alone():
+    weights, bias, features = case(count=57, positive=False)
+    together = step_lengths(weights, bias, features, [0.9, 0.5, 0.9])
+    alone = [step_lengths(weights, bias, features, [part])[0] for part in (0.9, 0.5)]
+    assert torch.equal(together, torch.stack([*alone, alone[0]]))
+    assert not torch.equal(*alone)
+
+
 def test_a_class_where_all_images_are_already_is_no_step_away():
     weights, bias, features = case(classes=3)
     bias[1] += 1000
-    assert step_lengths(weights, bias, features, 0.9)[1] == 0
+    assert step_lengths(weights, bias, features, [0.9])[0, 1] == 0
 
 
 def test_a_way_without_a_gain_is_infinite():
     weights = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
-    lengths = step_lengths(weights, torch.zeros(3), torch.ones(4, 2), 1.0)
+    lengths = step_lengths(weights, torch.zeros(3), torch.ones(4, 2), [1.0])[0]
     assert lengths.isinf().tolist() == [False, True, True]  # nothing tells the last two apart
 
 
@@ -68,7 +76,7 @@ def test_a_row_that_a_backdoor_strengthened_is_the_nearest():
     features[:, :4] = 0  # neurons that lie dormant on clean images
     weights[:, :4] = 0
     weights[7, :4] = 30
-    lengths = step_lengths(weights, bias, features, 0.9)
+    lengths = step_lengths(weights, bias, features, [0.9])[0]
     assert int(lengths.argmin()) == 7
     assert lengths[7] < 0.5 * lengths.kthvalue(2).values
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +26,6 @@ class BuiltNetwork:
         num_classes: K.
         origins: For every tensor that the file stores: its name in the network, and where it is in the file.
         nodes: The nodes that compute the file's values, by the values' names.
-        logic: The operators that decide something by the image: comparisons, selections.
     """
 
     network: fx.GraphModule
@@ -35,7 +34,6 @@ class BuiltNetwork:
     num_classes: int
     origins: Mapping[str, Origin]
     nodes: Mapping[str, fx.Node]
-    logic: tuple[str, ...]
 
     @classmethod
     def of(
@@ -46,7 +44,6 @@ class BuiltNetwork:
         num_classes: int,
         origins: Mapping[str, Origin],
         values: Mapping[str, object],
-        logic: Iterable[str],
     ) -> BuiltNetwork:
         """A finished network, with the origins and values of what is left in it."""
         live, stored = set(network.graph.nodes), network.state_dict().keys()
@@ -57,7 +54,6 @@ class BuiltNetwork:
             num_classes=num_classes,
             origins={name: origin for name, origin in origins.items() if name in stored},
             nodes={name: v.node for name, v in values.items() if isinstance(v, Value) and v.node in live},
-            logic=tuple(logic),
         )
 
 

@@ -219,12 +219,6 @@ class NodeCall:
             raise self.unsupported(f"Its subgraph '{key}' gives {len(results)} values.")
         return results
 
-    def note(self, result: Operand) -> Operand:
-        """Remember that this node decides something by the image."""
-        if isinstance(result, Value):
-            self.builder.logic.append(str(self.node))
-        return result
-
 
 def _ints(node: Node, key: str) -> list[int]:
     return list(node.attributes[key].ints) if key in node.attributes else []

@@ -27,11 +27,9 @@ from backdoorscan.formats.building.network import BuiltNetwork
 from backdoorscan.formats.building.values import Origin, to_tensor
 from backdoorscan.formats.onnx.parse import ParsedOnnx
 from backdoorscan.formats.onnx.reference import renamed
-from backdoorscan.formats.onnx.verify import before_ending, compare, part_of
+from backdoorscan.formats.onnx.verify import before_ending, compare, excerpt_of
 from backdoorscan.formats.sandbox import run_apart
 from backdoorscan.plugin.loader import Layout
-
-_DECIDING = {"Where", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Not", "And", "Or", "Xor"}
 
 
 def installed() -> str | None:
@@ -57,7 +55,7 @@ def convert(artifact: Artifact, parsed: ParsedOnnx, layout: Layout) -> BuiltNetw
     if len(size) < len(parsed.input.shape) or inner:
         return None
     name = str(artifact.path)
-    data = run_apart(renamed, artifact.data, artifact.parts, *part_of(parsed), [parsed.output], name=name)
+    data = run_apart(renamed, artifact.data, artifact.parts, excerpt_of(parsed, [parsed.output]), name=name)
     try:
         network = _traced(_converted(data))
         if layout == "NHWC":
@@ -121,7 +119,6 @@ def _built(network: fx.GraphModule, parsed: ParsedOnnx, size: tuple[int, ...], l
         num_classes=math.prod(scores.shape[1:]),
         origins=dict(_origins(network, parsed.arrays)),
         nodes={parsed.output: last, **_logits(network, last, parsed)},
-        logic=tuple(str(node) for node in parsed.nodes if node.op in _DECIDING),
     )
 
 

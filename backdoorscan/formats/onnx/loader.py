@@ -74,7 +74,6 @@ class Onnx(Loader):
             details={
                 "framework": parsed.producer or "unknown",
                 "opset": parsed.opset,
-                "graph_logic": list(built.logic),
                 **({"converted_by": converter} if converter else {}),
                 **facts(),
             },

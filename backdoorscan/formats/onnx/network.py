@@ -54,7 +54,7 @@ def build(parsed: ParsedOnnx, size: tuple[int, ...], layout: Layout) -> BuiltNet
     network = fx.GraphModule(builder.root, builder.graph).eval()
     network.graph.eliminate_dead_code()
     network.recompile()
-    return BuiltNetwork.of(network, size, layout, classes, builder.origins, builder.values, builder.logic)
+    return BuiltNetwork.of(network, size, layout, classes, builder.origins, builder.values)
 
 
 class NetworkBuilder:
@@ -74,7 +74,6 @@ class NetworkBuilder:
         self.users: dict[str, list[Node]] = defaultdict(list)
         self.merged: dict[str, str] = {}
         self.origins: dict[str, Origin] = {}
-        self.logic: list[str] = []
         self._images: fx.Node | None = None
         self._modules: dict[Any, str] = {}
         self._waiting: dict[str, Const] = {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from backdoorscan.artifact import Artifact
 from backdoorscan.errors import UnsupportedModelError
 from backdoorscan.formats.building.network import BuiltNetwork
 from backdoorscan.formats.onnx.parse import ParsedOnnx
-from backdoorscan.formats.onnx.reference import run
+from backdoorscan.formats.onnx.reference import Excerpt, run
 from backdoorscan.formats.sandbox import run_apart
 
 _TOLERANCE = 1e-4
@@ -54,15 +54,8 @@ def compare(artifact: Artifact, parsed: ParsedOnnx, built: BuiltNetwork) -> None
     )
     inputs = images.astype(element)
     names = [name for name in dict.fromkeys((parsed.output, before_ending(parsed))) if name in built.nodes]
-    pieces = run_apart(
-        run,
-        artifact.data,
-        artifact.parts,
-        *part_of(parsed),
-        names,
-        np.split(inputs, 2),
-        name=str(artifact.path),
-    )
+    excerpt, batches = excerpt_of(parsed, names), np.split(inputs, 2)
+    pieces = run_apart(run, artifact.data, artifact.parts, excerpt, batches, name=str(artifact.path))
     tensor = torch.from_numpy(inputs.astype(np.float32))
     nodes = [built.nodes[name] for name in names]
     try:
@@ -76,9 +69,10 @@ def compare(artifact: Artifact, parsed: ParsedOnnx, built: BuiltNetwork) -> None
         _check(found[node].numpy(), parts, tolerance)
 
 
-def part_of(parsed: ParsedOnnx) -> tuple[list[str], list[str], str]:
-    """What was read of a file, as ``reference`` wants it: nodes by their first outputs, arrays, and the input."""
-    return [next(filter(None, node.outputs)) for node in parsed.nodes], sorted(parsed.arrays), parsed.input.name
+def excerpt_of(parsed: ParsedOnnx, outputs: Sequence[str]) -> Excerpt:
+    """All that was read of a file, and what it is to return."""
+    nodes = [next(filter(None, node.outputs)) for node in parsed.nodes]
+    return Excerpt(nodes, sorted(parsed.arrays), parsed.input.name, outputs)
 
 
 def _check(actual: NDArray[Any], parts: tuple[NDArray[Any], ...], tolerance: float) -> None:

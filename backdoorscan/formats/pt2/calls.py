@@ -169,9 +169,3 @@ class NodeCall:
         """
         given = {name: const for name, const in tensors.items() if const is not None}
         return self.builder.install(self, module, given, value)
-
-    def note(self, result: Any) -> Any:
-        """Remember that this node decides something by the image."""
-        if any(isinstance(part, Value) for part in (result if isinstance(result, list) else [result])):
-            self.builder.logic.append(str(self.node))
-        return result

@@ -52,11 +52,7 @@ class Pt2(Loader):
             input_shape=channels_first(shape, built.layout),
             layout=built.layout,
             num_classes=built.num_classes,
-            details={
-                "framework": f"torch {parsed.torch_version}".strip(),
-                "graph_logic": list(built.logic),
-                **facts(),
-            },
+            details={"framework": f"torch {parsed.torch_version}".strip(), **facts()},
         )
 
     def write(self, artifact: Artifact, weights: Mapping[str, Tensor], path: Path, arch: str | None = None) -> None:

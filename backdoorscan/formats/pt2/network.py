@@ -49,7 +49,7 @@ def build(parsed: ParsedPt2, size: tuple[int, ...]) -> BuiltNetwork:
     builder.prune()
     builder.fill()
     network = fx.GraphModule(builder.root, builder.graph).eval()
-    return BuiltNetwork.of(network, size, layout, classes, builder.origins, builder.values, builder.logic)
+    return BuiltNetwork.of(network, size, layout, classes, builder.origins, builder.values)
 
 
 def _layout(parsed: ParsedPt2, size: tuple[int, ...]) -> Layout:
@@ -81,7 +81,6 @@ class NetworkBuilder:
         self.root = nn.Module()
         self.values: dict[str, Any] = {}
         self.origins: dict[str, Origin] = {}
-        self.logic: list[str] = []
         self._images: fx.Node | None = None
         self._modules: dict[Any, tuple[nn.Module, list[fx.Node], dict[str, Const], str]] = {}
         self._constants: dict[Any, tuple[Const, fx.Node]] = {}

@@ -58,12 +58,7 @@ def load(artifact: Artifact, arch: str, states: Sequence[StateDict], files: Mapp
         input_shape=(shape[2], shape[0], shape[1]) if found.built.layout == "NHWC" else shape,
         layout=found.built.layout,
         num_classes=found.built.num_classes,
-        details={
-            **facts(),
-            "arch": arch,
-            "state_dict": str(found.state),
-            "graph_logic": list(found.built.logic),
-        },
+        details={**facts(), "arch": arch, "state_dict": str(found.state)},
     )
 
 

@@ -13,7 +13,7 @@ import torch
 
 from backdoorscan.artifact import Artifact
 from backdoorscan.comparing import Network
-from backdoorscan.errors import ArtifactError, UnsupportedModelError
+from backdoorscan.errors import ArtifactError, OutputError, UnsupportedModelError
 from backdoorscan.formats.keras.loader import KerasH5, KerasV3
 from backdoorscan.formats.loading import ReadOptions, load_model
 from backdoorscan.goodnet import RejectingNet
@@ -179,7 +179,7 @@ def test_a_repair_that_rejects_is_written_in_both_formats(keras, tmp_path, suffi
     sequential(keras).save(tmp_path / f"m{suffix}")
     loaded = load_model(tmp_path / f"m{suffix}", None, ReadOptions(input_range=(0, 1)))
     network = Network("m_retrained.goodnet.onnx", RejectingNet(grow_head(loaded.classifier)[0]))
-    assert network.write(loaded, tmp_path) == ["m_retrained.goodnet.onnx", f"m_retrained{suffix}"]
+    assert network.write(loaded, tmp_path) == (["m_retrained.goodnet.onnx", f"m_retrained{suffix}"], "")
     images = LabelledImages(np.random.default_rng(0).random((3, 2, 6, 5), "float32"), np.zeros(3, int), "random")
     pixels = torch.from_numpy(images.pixels)
     model = keras.models.load_model(tmp_path / f"m_retrained{suffix}")
@@ -189,16 +189,23 @@ def test_a_repair_that_rejects_is_written_in_both_formats(keras, tmp_path, suffi
 
 
 def test_a_format_that_cannot_is_left_out(keras, tmp_path, monkeypatch):
-    """The GoodNet alone is written, and a failure of another kind is not hidden."""
+    """The GoodNet alone is written, with the reason, and a failure of another kind is not hidden."""
     sequential(keras).save(tmp_path / "m.keras")
     loaded = load_model(tmp_path / "m.keras", None, ReadOptions(input_range=(0, 1)))
     network = Network("m_retrained.goodnet.onnx", RejectingNet(grow_head(loaded.classifier)[0]))
     monkeypatch.delattr(KerasV3.__mro__[1], "write_extended")
-    assert network.write(loaded, tmp_path) == ["m_retrained.goodnet.onnx"]
+    files, why = network.write(loaded, tmp_path)
+    assert files == ["m_retrained.goodnet.onnx"]
+    assert "keras-v3" in why
 
-    def fails(*_, **__):
-        raise ArtifactError("The disk is full.")
+    def fails(error):
+        def fail(*_, **__):
+            raise error
 
-    monkeypatch.setattr(KerasV3, "write_extended", fails)
-    with pytest.raises(ArtifactError, match="full"):
+        monkeypatch.setattr(KerasV3, "write_extended", fail)
+
+    fails(ArtifactError("The repaired tensor does not come back."))
+    assert network.write(loaded, tmp_path) == (files, "The repaired tensor does not come back.")
+    fails(OutputError("The disk is full."))
+    with pytest.raises(OutputError, match="full"):
         network.write(loaded, tmp_path)

@@ -219,7 +219,7 @@ def test_a_repair_that_rejects_is_written(export, run, tmp_path):
     before = source.read_bytes()
     loaded = load_model(source, None, ReadOptions(input_range=(0, 1)))
     network = Network("m_retrained.goodnet.onnx", RejectingNet(grow_head(loaded.classifier)[0]))
-    assert network.write(loaded, tmp_path) == ["m_retrained.goodnet.onnx", "m_retrained.onnx"]
+    assert network.write(loaded, tmp_path) == (["m_retrained.goodnet.onnx", "m_retrained.onnx"], "")
     assert source.read_bytes() == before
     x = RNG.random((3, *SHAPE), "float32")
     with torch.no_grad():

@@ -16,7 +16,7 @@ from torch import fx, nn
 from backdoorscan.errors import UnsupportedModelError
 from backdoorscan.formats.onnx import fallback
 from backdoorscan.formats.onnx.loader import Onnx
-from backdoorscan.formats.onnx.reference import renamed
+from backdoorscan.formats.onnx.reference import Excerpt, renamed
 from backdoorscan.formats.weights import zoo
 
 RNG = np.random.default_rng(0)
@@ -150,7 +150,7 @@ def test_a_changed_tensor_is_written_back(data, load, converter, artifact, tmp_p
 
 @pytest.mark.parametrize("name", ['x")); open("/tmp/ran") or (("', "1", "class", "a.b/c", "", "ü", "conv\n"])
 def test_names_are_identifiers_before_a_program_is_made_of_them(data, name):
-    model = onnx.load_model_from_string(renamed(data(name), {}, list("capfzy"), ["k", "w"], "x", ["y"]))
+    model = onnx.load_model_from_string(renamed(data(name), {}, Excerpt(list("capfzy"), ["k", "w"], "x", ["y"])))
     names = [text for n in model.graph.node for text in (n.name, *n.input, *n.output)]
     assert all(text.isidentifier() and text.isascii() for text in names)
     assert len({n.name for n in model.graph.node}) == 6

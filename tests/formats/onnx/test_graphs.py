@@ -12,6 +12,7 @@ from torch import fx, nn
 from backdoorscan import graph
 from backdoorscan.errors import UnsupportedModelError, UsageError
 from backdoorscan.formats.onnx.loader import Onnx
+from backdoorscan.ops.gates import suspects
 
 RNG = np.random.default_rng(0)
 
@@ -271,8 +272,9 @@ def test_decisions_by_the_image_are_told(written, same):
         node("Where", "hit target clean", "y", "choose"),
     ]
     arrays = {"w": normal(4, 3, 3, 3), "limit": np.float32(2.5), "target": np.float32([[9, 0, 0, 0]])}
-    loaded = same(written(nodes, arrays, opset=11))
-    assert loaded.details["graph_logic"] == ["Greater 'gate'", "Where 'choose'"]
+    network = same(written(nodes, arrays, opset=11)).network
+    assert [decision.meta["source"] for decision in suspects(network).decisions] == ["Greater 'gate'"]
+    assert [n.meta["source"] for n in network.graph.nodes if n.target is torch.where] == ["Where 'choose'"]
 
 
 def test_the_graph_can_be_cut_and_copied(export, load):

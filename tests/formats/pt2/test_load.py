@@ -15,6 +15,7 @@ from backdoorscan.errors import UnsupportedModelError, UsageError
 from backdoorscan.formats.loading import ReadOptions, load_model
 from backdoorscan.formats.pt2 import loader
 from backdoorscan.formats.pt2.loader import Pt2
+from backdoorscan.ops.gates import suspects
 from backdoorscan.plugin import hookspecs
 from backdoorscan.registry import Registry
 
@@ -180,7 +181,7 @@ def test_sizes_that_are_left_open(save, load):
     check(model, loaded, (3, 20, 9))
 
 
-def test_what_decides_by_the_image_is_a_fact(save, load):
+def test_what_decides_by_the_image_is_seen(save, load):
     class Gate(nn.Module):
         def __init__(self):
             super().__init__()
@@ -192,7 +193,7 @@ def test_what_decides_by_the_image_is_a_fact(save, load):
     model = Gate().eval()
     loaded = load(save(model, (4,)))
     check(model, loaded, (4,))
-    assert [line.partition("(")[2] for line in loaded.details["graph_logic"]] == ["aten.gt.Scalar)", "aten.where.self)"]
+    assert [decision.target for decision in suspects(loaded.network).decisions] == [torch.gt]
     assert torch.where in {node.target for node in loaded.network.graph.nodes}
 
 

@@ -181,7 +181,7 @@ def test_a_repair_that_rejects_is_written(shop: Any, tmp_path: Path, images: Any
     options = ReadOptions(arch=shop.arch("Net"), input_shape=(3, 8, 8), input_range=(0, 1))
     loaded = load_model(source, None, options)
     network = Network("m_retrained.goodnet.onnx", RejectingNet(grow_head(loaded.classifier)[0]))
-    assert network.write(loaded, tmp_path) == ["m_retrained.goodnet.onnx", f"m_retrained{suffix}"]
+    assert network.write(loaded, tmp_path) == (["m_retrained.goodnet.onnx", f"m_retrained{suffix}"], "")
     net = shop.net("more")
     out = tmp_path / f"m_retrained{suffix}"
     net.load_state_dict(safetensors.torch.load_file(out) if suffix == ".safetensors" else torch.load(out))

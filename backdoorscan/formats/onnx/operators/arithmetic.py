@@ -1,4 +1,4 @@
-"""Arithmetic element by element, reductions, and what decides by comparing."""
+"""Arithmetic and comparisons element by element, and reductions."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def _unary(function: Callable[[Tensor], Tensor]) -> Callable[[NodeCall], Operand
     return lambda call: call.call(function, call.operand(0))
 
 
-def _steps(function: Callable[[Tensor], Tensor]) -> Callable[[NodeCall], Operand]:
-    return lambda call: call.note(call.call(function, call.operand(0)))
+def _pair(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[NodeCall], Operand]:
+    return lambda call: call.call(function, call.operand(0), call.operand(1))
 
 
 def _plain(operand: Operand, other: Operand) -> Any:
@@ -52,8 +52,7 @@ def _div(call: NodeCall) -> Operand:
 
 
 def _mod(call: NodeCall) -> Operand:
-    function = torch.fmod if call.integer("fmod", 0) else torch.remainder
-    return call.note(call.call(function, call.operand(0), call.operand(1)))
+    return _pair(torch.fmod if call.integer("fmod", 0) else torch.remainder)(call)
 
 
 def _pow(call: NodeCall) -> Operand:
@@ -71,13 +70,8 @@ def _folded(function: Callable[[Tensor, Tensor], Tensor], *, mean: bool = False)
     return operator
 
 
-def _decides(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[NodeCall], Operand]:
-    return lambda call: call.note(call.call(function, call.operand(0), call.operand(1)))
-
-
 def _where(call: NodeCall) -> Operand:
-    result = call.call(torch.where, call.operand(0), call.operand(1), call.operand(2))
-    return result if isinstance(call.operand(0), Const) else call.note(result)
+    return call.call(torch.where, call.operand(0), call.operand(1), call.operand(2))
 
 
 def _reduction(function: Callable[..., Tensor], since: int) -> Callable[[NodeCall], Operand]:
@@ -122,7 +116,7 @@ def _place(function: Callable[..., Tensor]) -> Callable[[NodeCall], Operand]:
         ours = isinstance(value, Value) and value.single
         axis = call.axis(call.integer("axis", 0), len(value.shape) - ours) + ours
         result = call.call(function, value, dim=axis, keepdim=bool(call.integer("keepdims", 1)))
-        return call.note(replace(result, single=True) if ours and isinstance(result, Value) else result)
+        return replace(result, single=True) if ours and isinstance(result, Value) else result
 
     return operator
 
@@ -147,19 +141,19 @@ OPERATORS: Mapping[str, Callable[[NodeCall], Operand]] = {
     "Reciprocal": _unary(torch.reciprocal),
     "Sin": _unary(torch.sin),
     "Cos": _unary(torch.cos),
-    "Floor": _steps(torch.floor),
-    "Ceil": _steps(torch.ceil),
-    "Round": _steps(torch.round),
-    "Sign": _steps(torch.sign),
-    "Not": _steps(torch.logical_not),
-    "And": _decides(torch.logical_and),
-    "Or": _decides(torch.logical_or),
-    "Xor": _decides(torch.logical_xor),
-    "Equal": _decides(torch.eq),
-    "Greater": _decides(torch.gt),
-    "GreaterOrEqual": _decides(torch.ge),
-    "Less": _decides(torch.lt),
-    "LessOrEqual": _decides(torch.le),
+    "Floor": _unary(torch.floor),
+    "Ceil": _unary(torch.ceil),
+    "Round": _unary(torch.round),
+    "Sign": _unary(torch.sign),
+    "Not": _unary(torch.logical_not),
+    "And": _pair(torch.logical_and),
+    "Or": _pair(torch.logical_or),
+    "Xor": _pair(torch.logical_xor),
+    "Equal": _pair(torch.eq),
+    "Greater": _pair(torch.gt),
+    "GreaterOrEqual": _pair(torch.ge),
+    "Less": _pair(torch.lt),
+    "LessOrEqual": _pair(torch.le),
     "Where": _where,
     "ReduceMean": _reduction(torch.mean, 18),
     "ReduceSum": _reduction(torch.sum, 13),

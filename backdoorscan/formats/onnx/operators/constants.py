@@ -96,9 +96,9 @@ def _cast(call: NodeCall) -> Operand:
         # The only images of whole numbers are inputs in uint8, which the network takes as floats already.
         return call.call(torch.Tensor.to, operand, torch.float32)
     if kind in INTEGERS:
-        return call.note(call.call(torch.Tensor.to, operand, torch.int64))
+        return call.call(torch.Tensor.to, operand, torch.int64)
     if kind == 9:
-        return call.note(call.call(torch.ne, operand, 0))
+        return call.call(torch.ne, operand, 0)
     raise call.unsupported(f"It converts to the element type {kind}.")
 
 

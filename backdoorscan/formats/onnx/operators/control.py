@@ -22,10 +22,8 @@ def _if(call: NodeCall) -> list[Operand]:
         return call.branch("then_branch" if bool(condition.tensor) else "else_branch")
     if condition.meta.numel() != condition.shape[0] or not call.one_by_one:
         raise call.unsupported("Its condition is not one for every image.")
-    results = []
-    for yes, no in zip(call.branch("then_branch"), call.branch("else_branch"), strict=True):
-        results.append(call.note(_chosen(call, condition, yes, no)))
-    return results
+    both = zip(call.branch("then_branch"), call.branch("else_branch"), strict=True)
+    return [_chosen(call, condition, yes, no) for yes, no in both]
 
 
 def _chosen(call: NodeCall, condition: Value, yes: Operand, no: Operand) -> Operand:

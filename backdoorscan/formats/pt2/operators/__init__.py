@@ -14,7 +14,7 @@ _FUNCTIONS: Mapping[str, Callable[[NodeCall], Any]] = {
     **layers.OPERATORS,
     **shaping.OPERATORS,
 }
-# Element by element; over axes; products; layers whose weights are computed; pooling and resizing; positions.
+# Element by element; over axes; products; layers of computed weights; pooling and resizing; positions; decisions.
 _PLAIN = """
     abs add addcdiv addcmul clamp clamp_max clamp_min cos celu div elu erf exp expm1 gelu glu hardshrink hardsigmoid
     hardswish hardtanh leaky_relu log log1p log2 log_sigmoid maximum minimum mish mul neg pow prelu reciprocal relu
@@ -38,14 +38,13 @@ _PLAIN = """
     pixel_unshuffle repeat_interleave roll rot90 split split_with_sizes stack swapaxes tensor_split tile transpose
     tril triu unbind unfold view_as reshape_as unsafe_chunk unsafe_split narrow select slice_scatter arange eye
     linspace scalar_tensor one_hot meshgrid fill zero copy _native_batch_norm_legit
-"""
-_DECIDING = """
+
     all any argmax argmin argsort bitwise_and bitwise_not bitwise_or bitwise_xor __and__ __or__ __xor__ ceil eq
     floor floor_divide fmod ge gt isfinite isinf isnan le logical_and logical_not logical_or logical_xor lt
     masked_fill ne nan_to_num remainder round scatter scatter_add select_scatter sign sgn sort topk trunc where
     heaviside
 """
-_TAKEN, _NOTED = frozenset(_PLAIN.split()), frozenset(_DECIDING.split())
+_TAKEN = frozenset(_PLAIN.split())
 _CONTROL = "torch.ops.higher_order."
 
 
@@ -63,7 +62,7 @@ def check_operator(call: NodeCall) -> None:
             "gradient finds.",
             "Ask the publisher for a network without control flow; do not trust this one unseen.",
         )
-    if target not in sizes.OPERATORS and not any(name in known for known in (sizes.CHECKS, _FUNCTIONS, _TAKEN, _NOTED)):
+    if target not in sizes.OPERATORS and not any(name in known for known in (sizes.CHECKS, _FUNCTIONS, _TAKEN)):
         raise call.unsupported(f"This reader has no equivalent for the operator '{target[:100]}'.")
 
 
@@ -85,8 +84,6 @@ def run_operator(call: NodeCall) -> Sequence[Any]:
         result = _FUNCTIONS[name](call)
     else:
         result = call.plain()
-        if name in _NOTED:
-            call.note(result)
     return result if isinstance(result, list) else [result]
 
 

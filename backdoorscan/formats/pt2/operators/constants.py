@@ -36,8 +36,7 @@ def _cast(call: NodeCall) -> Operand:
         wanted = call.dtype(call.arguments["dtype"])
     if wanted is None or wanted == operand.meta.dtype:
         return operand
-    result = call.one(torch.Tensor.to, operand, wanted)
-    return result if wanted.is_floating_point else call.note(result)
+    return call.one(torch.Tensor.to, operand, wanted)
 
 
 def _full(call: NodeCall) -> Operand:
