@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from backdoorscan.costing import Meter
-from backdoorscan.errors import UnsupportedModelError
+from backdoorscan.costing import Forecast, Meter, forecast
+from backdoorscan.errors import ArtifactError
 from backdoorscan.evaluating import measure, predictions
 from backdoorscan.findings import Finding, Verdict
 from backdoorscan.formats.goodnet import write_goodnet
@@ -23,7 +23,7 @@ from backdoorscan.plugin.detector import MANY_CLASSES, labels_to_check
 from backdoorscan.plugin.method import Context
 from backdoorscan.plugin.repairer import Candidate, Repairer
 from backdoorscan.registry import Registry
-from backdoorscan.scanning import ScanOptions, look_again
+from backdoorscan.scanning import ScanOptions, look_again, plan_detectors
 
 if TYPE_CHECKING:
     from backdoorscan.repairing import RepairOptions
@@ -38,13 +38,13 @@ class Network:
     name: str
     network: nn.Module
 
-    def write(self, loaded: LoadedModel, place: Path) -> list[str]:
+    def write(self, loaded: LoadedModel, place: Path) -> tuple[list[str], str]:
         """Write it into the folder ``place``: a GoodNet as ONNX or .pt2, another in the format of the original.
 
-        A network that learned to reject is written in both, where its format allows one class more.
+        A network that learned to reject is written in both, where its format can hold it with one class more.
 
         Returns:
-            The names of the files.
+            The names of the files, and why one in the format of the original is not among them, or empty.
 
         Raises:
             BackdoorscanError: It cannot be written.
@@ -52,16 +52,16 @@ class Network:
         artifact, arch = loaded.artifact, loaded.options.arch
         if not isinstance(self.network, GoodNet | RejectingNet):
             loaded.loader.write(artifact, _tensors(self.network), place / self.name, arch=arch)
-            return [self.name]
+            return [self.name], ""
         write_goodnet(self.network, place / self.name)
         if isinstance(self.network, GoodNet):
-            return [self.name]
+            return [self.name], ""
         own = self.name.rpartition(_GOODNET)[0] + loaded.suffix
         try:
             loaded.loader.write_extended(artifact, _tensors(self.network.classifier), place / own, arch=arch)
-        except UnsupportedModelError:
-            return [self.name]
-        return [self.name, own]
+        except ArtifactError as error:
+            return [self.name], error.why or error.what
+        return [self.name, own], ""
 
 
 def _tensors(classifier: nn.Module) -> Mapping[str, Tensor]:
@@ -120,6 +120,12 @@ class Bench:
         verdict, findings, samples = look_again(classifier, images, labels, scan_options, self.registry)
         self.meter.gradient_samples += samples
         return verdict, findings
+
+    def forecast(self) -> Forecast | None:
+        """About what one scan takes, if all default detectors run or some of them: others are not known so well."""
+        plans = [plan_detectors(ScanOptions(names), self.registry) for names in (self._finders(), ())]
+        planned, usual = ([detector for _, detector in plan] for plan in plans)
+        return forecast(self.loaded.classifier, planned, usual, self.loaded.classifier.num_classes, jobs=1)
 
     def rows(self, method: Repairer, candidate: Candidate, before: Scores) -> list[tuple[CandidateRow, Network]]:
         """A candidate, and its GoodNet, measured."""

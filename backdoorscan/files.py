@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -77,5 +77,5 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
 
 def _beside(path: Path) -> Path:
-    """A name on the same file system, so that renaming is one step, that no other process uses."""
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """A name on the same file system, so that renaming is one step, that nobody else uses, in no other container."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")

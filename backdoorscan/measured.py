@@ -62,6 +62,10 @@ class Scores:
         return cls(**{**values, "reversed_attacks": attacks and Attacks(**attacks)})
 
 
+NOT_WRITTEN = "not_written"
+"""The fact of a row that tells the ``format`` of the original that could not take the network, and ``why``."""
+
+
 @dataclass(frozen=True)
 class CandidateRow:
     """One repaired network in a repair's report.

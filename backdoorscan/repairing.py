@@ -10,8 +10,9 @@ from typing import Any, Literal
 import torch
 
 from backdoorscan import policy
+from backdoorscan.artifact import Artifact
 from backdoorscan.comparing import Bench, Network
-from backdoorscan.costing import Meter, versions
+from backdoorscan.costing import Forecast, Meter, versions
 from backdoorscan.errors import MethodError, OutputError, UsageError
 from backdoorscan.evaluating import check_images, has_true_labels
 from backdoorscan.files import whole_folder
@@ -19,10 +20,11 @@ from backdoorscan.findings import Finding, Verdict
 from backdoorscan.formats.images import load_images
 from backdoorscan.formats.loading import LoadedModel, ReadOptions, load_model
 from backdoorscan.images import LabelledImages
-from backdoorscan.measured import CandidateRow, RepairReport, Scores
+from backdoorscan.measured import NOT_WRITTEN, CandidateRow, RepairReport, Scores
 from backdoorscan.plugin.method import Context
 from backdoorscan.plugin.repairer import Candidate, Repairer
 from backdoorscan.registry import Registry, installed
+from backdoorscan.scanning import Observer, unwatched
 
 AUTO = "auto"
 """The method that tries the others and keeps the best."""
@@ -61,12 +63,8 @@ class RepairOptions:
     seed: int = 0
 
 
-def _unseen(_stage: str, _fraction: float) -> None:
-    """Nobody looks."""
-
-
 def repair(
-    model: str | Path,
+    model: str | Path | Artifact,
     images: LabelledImages | str | Path,
     poisoned: LabelledImages | str | Path | None = None,
     read: ReadOptions | None = None,
@@ -74,13 +72,14 @@ def repair(
     *,
     findings: Sequence[Finding] | None = None,
     test: LabelledImages | str | Path | None = None,
-    observer: Callable[[str, float], None] = _unseen,
+    observer: Observer = unwatched,
     registry: Registry | None = None,
+    foretold: Callable[[Forecast], None] | None = None,
 ) -> RepairReport:
     """Repair a model file.
 
     Args:
-        model: The file; it is never changed.
+        model: The file, or what was read of it; it is never changed.
         images: Clean labelled images, or where to read them.
         poisoned: Images with the trigger on them, to measure with and, if ``options`` say so, to learn from.
         read: What is known about the file.
@@ -90,6 +89,7 @@ def repair(
         test: Clean images to measure on; else a part of ``images`` is kept from the method.
         observer: Told of progress.
         registry: Where methods are found.
+        foretold: Told before the work about how long each of its scans will take, where that is known.
 
     Raises:
         BackdoorscanError: Something cannot be used, or the results cannot be written. Nothing is left half-written.
@@ -97,7 +97,8 @@ def repair(
     read, options, registry = read or ReadOptions(), options or RepairOptions(), registry or installed()
     meter = Meter()
     methods = plan_methods(options, registry)
-    folder = options.output or Path(f"{Path(model).stem}-repaired")
+    path = model.path if isinstance(model, Artifact) else Path(model)
+    folder = options.output or Path(f"{path.stem}-repaired")
     check_folder(folder, options.force)
     clean = _read(images)
     stamped = None if poisoned is None else _read(poisoned)
@@ -116,12 +117,15 @@ def repair(
     seen, held_out = _hold_out(clean, share, options.seed)
     bench = Bench(loaded, unseen or held_out, stamped, options, meter, registry)
 
-    if findings is None:
-        findings = []
-        if any(method.needs_triggers and its.poisoned is None for method, its in plan):
-            observer("scanning", 0.0)
-            findings = bench.scan(loaded.classifier, seen, ())[1]
-    bench.findings = list(findings)
+    scans_first = findings is None and any(method.needs_triggers and its.poisoned is None for method, its in plan)
+    bench.findings = list(findings or [])
+    expected = bench.forecast() if foretold and (scans_first or options.rescan) else None
+    if foretold and expected:
+        foretold(expected)
+    if scans_first:
+        observer("scanning", 0.0)
+        bench.findings = bench.scan(loaded.classifier, seen, ())[1]
+    findings = bench.findings
     before = bench.measure(loaded.classifier, None)
     with whole_folder(folder) as place:
         tried = _run(plan, loaded, seen, findings, options)
@@ -131,9 +135,11 @@ def repair(
             observer("measuring", (position + 1) / len(tried))
         if options.method == AUTO:
             rows = [_best(rows, before)]
-        report_rows = [
-            replace(row, files=[str(folder / name) for name in network.write(loaded, place)]) for row, network in rows
-        ]
+        report_rows = []
+        for row, network in rows:
+            names, missing = network.write(loaded, place)
+            facts = {**row.facts, NOT_WRITTEN: {"format": loaded.loader.id, "why": missing}} if missing else row.facts
+            report_rows.append(replace(row, files=[str(folder / name) for name in names], facts=facts))
     return RepairReport(
         seed=options.seed,
         versions=versions(),

@@ -10,22 +10,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from backdoorscan import cache, policy
 from backdoorscan.artifact import Artifact
-from backdoorscan.classifier import Classifier, logits, to_tensor
-from backdoorscan.costing import Meter, versions
+from backdoorscan.classifier import Classifier
+from backdoorscan.costing import Forecast, Meter, forecast, versions
 from backdoorscan.engine import Engine, local
+from backdoorscan.engine.checking import sound_judgement, sound_units
 from backdoorscan.engine.journal import Journal
 from backdoorscan.engine.keeping import Keeping, Kept
 from backdoorscan.engine.working import Working, working_images
 from backdoorscan.errors import MethodError, UsageError
 from backdoorscan.findings import Evidence, Examined, Finding, Unit, Verdict
+from backdoorscan.formats.convention import on_clean
 from backdoorscan.formats.images import load_images
 from backdoorscan.formats.loading import LoadedModel, ReadOptions, load_model, read_artifact
 from backdoorscan.images import LabelledImages
-from backdoorscan.ops.metrics import accuracy
 from backdoorscan.plugin.detector import Detector
 from backdoorscan.plugin.method import Context
 from backdoorscan.registry import Plugin, Registry, installed
@@ -63,7 +62,7 @@ class ScanOptions:
     engine: Engine | None = None
 
 
-def _unseen(_stage: str, _fraction: float) -> None:
+def unwatched(_stage: str, _fraction: float) -> None:
     """Nobody looks."""
 
 
@@ -73,9 +72,10 @@ def scan(
     read: ReadOptions | None = None,
     options: ScanOptions | None = None,
     *,
-    observer: Observer = _unseen,
+    observer: Observer = unwatched,
     registry: Registry | None = None,
     keeping: Keeping | None = None,
+    foretold: Callable[[Forecast], None] | None = None,
 ) -> ScanReport:
     """Look for backdoors in a model file.
 
@@ -87,6 +87,7 @@ def scan(
         observer: Told of progress.
         registry: Where methods are found.
         keeping: Where finished reports and the journal of an unfinished scan are kept; nowhere if ``None``.
+        foretold: Told before the work about how long it will take, where that is known.
 
     Raises:
         BackdoorscanError: The file, the images or an option cannot be used. A detector that fails does not raise: the
@@ -109,7 +110,15 @@ def scan(
     journal = kept.journal() if kept else None
     try:
         run = scan_model(
-            loaded, images, plan, options, meter=meter, observer=observer, registry=registry, journal=journal
+            loaded,
+            images,
+            plan,
+            options,
+            meter=meter,
+            observer=observer,
+            registry=registry,
+            journal=journal,
+            foretold=None if keeping and keeping.resume else foretold,
         )
     finally:
         if journal:
@@ -194,6 +203,7 @@ def scan_model(
     observer: Observer,
     registry: Registry,
     journal: Journal | None = None,
+    foretold: Callable[[Forecast], None] | None = None,
 ) -> ModelRun:
     """Run the planned detectors on one loaded model.
 
@@ -210,17 +220,17 @@ def scan_model(
     registry.announce("scan_started", artifact=loaded.artifact, detectors=[detector for _, detector in plan])
     deadline = None if options.timeout is None else time.monotonic() + options.timeout
     context = Context(seed=options.seed, labels=options.labels, deadline=deadline)
+    clean_accuracy, guessing = on_clean(classifier, images) if images is not None else (None, "")
+    promised, plan = plan, [] if guessing else plan
+    if foretold and plan and not options.engine:
+        _foretell(foretold, classifier, plan, options, registry)
     needed = any(detector.needs_images for _, detector in plan)
     making = replace(context, progress=lambda part: observer("making images", part))
     working = working_images(images, classifier, making) if needed else Working(images, images)
     meter.gradient_samples += working.gradient_samples
-    notes = working.notes
+    notes = [*([guessing] if guessing else []), *working.notes]
     if classifier.details.get("input_range_assumed"):
         notes.append("no clean images: that the model takes 0..1 is assumed; pin it with --input-range, --mean, --std")
-    clean_accuracy = None
-    if images is not None:
-        predictions = logits(classifier, to_tensor(images.pixels)).argmax(1)
-        clean_accuracy = accuracy(predictions, torch.from_numpy(images.labels))
     elsewhere = options.engine.cpu_seconds if options.engine else 0.0
     drawn = _run_plan(plan, classifier, working.images, context, options, observer, registry, journal)
     if options.engine:
@@ -230,7 +240,7 @@ def scan_model(
     complete = not any(run.error for run in runs)
     answered = {run.id for run in runs if run.p_value is not None}
     covered = {spot for _, detector in plan if detector.id in answered for spot in detector.covers}
-    blind = dict.fromkeys(spot for _, detector in plan for spot in detector.blind_spots if spot not in covered)
+    blind = dict.fromkeys(spot for _, detector in promised for spot in detector.blind_spots if spot not in covered)
     not_tested = list(blind)
     if options.labels is not None and len(options.labels) < classifier.num_classes:
         not_tested.append(f"{classifier.num_classes - len(options.labels)} labels left out by --labels")
@@ -255,7 +265,7 @@ def look_again(
     """Scan a network that is not a file: verdict, findings and gradient samples."""
     context = Context(seed=options.seed, labels=labels)
     plan = plan_detectors(options, registry)
-    drawn = _run_plan(plan, classifier, images, context, options, _unseen, registry)
+    drawn = _run_plan(plan, classifier, images, context, options, unwatched, registry)
     return drawn.verdict, drawn.findings, sum(run.gradient_samples for run in drawn.runs)
 
 
@@ -319,7 +329,7 @@ def _run_detector(
     section = journal and journal.section(detector.id, context.earlier)
     evidence: list[Evidence] = []
     try:
-        units = local.guarded(detector, "planning", partial(detector.units, classifier, context))
+        units = _planned(detector, partial(detector.units, classifier, context))
         while units:
             found = section.taken_over(units) if section else {}
             left = [unit for unit in units if unit.id not in found]
@@ -330,8 +340,10 @@ def _run_detector(
                 registry.announce("unit_finished", detector=detector, unit=unit, evidence=part)
                 found[unit.id] = part
             evidence += [found[unit.id] for unit in units]
-            units = local.guarded(detector, "planning", partial(detector.more_units, evidence, classifier, context))
-        judgement = local.guarded(detector, "judging", lambda: detector.judge(evidence))
+            units = _planned(detector, partial(detector.more_units, evidence, classifier, context))
+        judgement = sound_judgement(
+            detector, local.guarded(detector, "judging", lambda: detector.judge(evidence)), classifier
+        )
     except MethodError as error:
         _log.debug("%s failed", detector.id, exc_info=error)
         return replace(run, error=str(error), seconds=_since(started)), None
@@ -347,6 +359,24 @@ def _run_detector(
         triggers=_smallest([trigger for part in evidence for trigger in part.triggers]),
     )
     return run, Examined(evidence=evidence, judgement=judgement)
+
+
+def _planned(detector: Detector, plan: Callable[[], Sequence[Unit]]) -> Sequence[Unit]:
+    return sound_units(detector, local.guarded(detector, "planning", plan))
+
+
+def _foretell(
+    foretold: Callable[[Forecast], None],
+    classifier: Classifier,
+    plan: Sequence[tuple[Plugin, Detector]],
+    options: ScanOptions,
+    registry: Registry,
+) -> None:
+    usual = [detector for _, detector in plan_detectors(ScanOptions(), registry)]
+    labels = classifier.num_classes if options.labels is None else len(options.labels)
+    expected = forecast(classifier, [detector for _, detector in plan], usual, labels, options.jobs)
+    if expected:
+        foretold(expected)
 
 
 def _rest_of(progress: Callable[[float], None], share: float) -> Callable[[float], None]:

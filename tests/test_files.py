@@ -1,5 +1,9 @@
 """Files and folders are whole or not there."""
 
+import subprocess
+import sys
+import threading
+
 import pytest
 
 from backdoorscan.errors import OutputError
@@ -74,3 +78,65 @@ def test_files_move_into_a_folder_that_exists(tmp_path):
         (place / "x").write_text("new")
     assert (out / "x").read_text() == "new"
     assert names(tmp_path) == ["out", "out/kept", "out/x"]
+
+
+def test_a_full_disk_leaves_the_old_content(tmp_path, full_disk):
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"old")
+    with full_disk(100), pytest.raises(OutputError, match="Cannot write") as error:
+        write_whole(path, bytes(1000))
+    assert "too large" in error.value.why
+    assert path.read_bytes() == b"old"
+    assert names(tmp_path) == ["a.bin"]
+
+
+HALF = """
+import sys
+from pathlib import Path
+from backdoorscan.files import whole_file, whole_folder
+
+with whole_file(Path("a.bin")) as place, whole_folder(Path("out")) as folder:
+    place.write_bytes(b"half")
+    (folder / "half").write_bytes(b"half")
+    print("written", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_process_that_is_killed_leaves_the_old_content_and_nothing_in_the_way(tmp_path):
+    (tmp_path / "a.bin").write_bytes(b"old")
+    command = [sys.executable, "-c", HALF]
+    with subprocess.Popen(command, cwd=tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"written\n"
+        process.kill()
+    assert (tmp_path / "a.bin").read_bytes() == b"old"
+    assert not (tmp_path / "out").exists()
+    write_whole(tmp_path / "a.bin", b"new")
+    with whole_folder(tmp_path / "out") as place:
+        (place / "whole").write_bytes(b"whole")
+    assert (tmp_path / "a.bin").read_bytes() == b"new"
+    assert names(tmp_path / "out") == ["whole"]
+
+
+def test_who_writes_the_same_file_at_once_is_not_in_the_way(tmp_path):
+    together = threading.Barrier(4, timeout=60)
+    failed = []
+
+    def write(content):
+        try:
+            with whole_file(tmp_path / "a.bin") as place:
+                together.wait()
+                place.write_bytes(content)
+                together.wait()
+        except OSError as error:
+            failed.append(error)
+
+    contents = [bytes([number]) * 100_000 for number in range(4)]
+    writers = [threading.Thread(target=write, args=(content,)) for content in contents]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert failed == []
+    assert (tmp_path / "a.bin").read_bytes() in contents
+    assert names(tmp_path) == ["a.bin"]

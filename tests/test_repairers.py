@@ -18,7 +18,7 @@ from backdoorscan.registry import installed
 QUICK = {
     "unlearn": {"rounds": 1, "sample": 64},
     "retrain": {"steps": 4, "head_steps": 4},
-    "gangsweep": {"steps": 4, "head_steps": 4},
+    "gangsweep": {"steps": 4, "head_steps": 4, "generator_steps": 4},
     "fine-prune": {"epochs": 1},
 }
 """The contract is checked, not the effect."""

@@ -1,5 +1,6 @@
 """The verb *repair* on small files."""
 
+import html
 import json
 import shutil
 from dataclasses import dataclass, replace
@@ -9,12 +10,19 @@ import pytest
 import torch
 
 from backdoorscan import evaluate, policy, repair
-from backdoorscan.errors import ExitCode, MethodError, OutputError, UnknownNameError, UsageError
+from backdoorscan.errors import ArtifactError, ExitCode, MethodError, OutputError, UnknownNameError, UsageError
 from backdoorscan.findings import Finding, Verdict
+from backdoorscan.formats.weights.loader import TorchStateDict
 from backdoorscan.images import LabelledImages
+from backdoorscan.measured import NOT_WRITTEN, RepairReport
+from backdoorscan.ops.rejecting import grow_head
 from backdoorscan.plugin.method import option
 from backdoorscan.plugin.repairer import Candidate, Repairer
+from backdoorscan.plugin.reporter import Terminal
 from backdoorscan.repairing import RepairOptions
+from backdoorscan.reports.html import Html
+from backdoorscan.reports.markdown import Markdown
+from backdoorscan.reports.table import Table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +80,16 @@ class Strict(Pupil):
     auto = ({},)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Rejecting(Mend):
+    """Grows the head."""
+
+    id = "rejecting"
+
+    def repair(self, classifier, images, findings, context):
+        return [Candidate("grown", grow_head(classifier)[0], rejects=True)]
+
+
 @pytest.fixture
 def mended(model_file, registry_of, tmp_path):
     """``mended(method, ...)``: the report of a repair into ``tmp_path / 'out'``."""
@@ -87,7 +105,7 @@ def mended(model_file, registry_of, tmp_path):
                 **{"method": method, "settings": settings or {}, "output": tmp_path / "out", "rescan": False} | options
             ),
             findings=findings,
-            registry=registry_of(repairers=[Mend, Unwilling, Pupil, Strict]),
+            registry=registry_of(repairers=[Mend, Unwilling, Pupil, Strict, Rejecting]),
         )
 
     return run
@@ -301,8 +319,8 @@ def test_unlearning_takes_the_true_labels(model_file, truly_labelled, scans, tmp
     ("method", "settings", "options"),
     [
         ("prune", {"drop": "2,"}, {}),
-        ("unlearn", {"rounds": 1, "sample": 320}, {}),
-        ("retrain", {"steps": 10, "head_steps": 10}, {"learn_from_poisoned": True}),
+        ("unlearn", {"rounds": 1, "sample": 320}, {"rescan": False}),
+        ("retrain", {"steps": 10, "head_steps": 10}, {"rescan": False, "learn_from_poisoned": True}),
     ],
 )
 def test_the_same_seed_gives_the_same_report_and_the_same_files(model_file, tmp_path, method, settings, options):
@@ -326,3 +344,22 @@ def test_a_repair_that_fails_leaves_no_folders_behind(mended, tmp_path):
     with pytest.raises(MethodError):
         mended("unwilling", output=tmp_path / "a" / "b" / "out")
     assert not (tmp_path / "a").exists()
+
+
+def test_a_format_that_cannot_take_the_larger_head_leaves_the_goodnet_and_says_why(mended, tmp_path, monkeypatch):
+    (row,) = mended("rejecting").candidates
+    assert [Path(name).name for name in row.files] == ["net_grown.goodnet.onnx", "net_grown.pt"]
+    assert NOT_WRITTEN not in row.facts
+
+    def fails(*_, **__):
+        raise ArtifactError("A tensor does not fit.", why="It is stored in half precision.")
+
+    monkeypatch.setattr(TorchStateDict, "write_extended", fails)
+    report = mended("rejecting", force=True)
+    (row,) = report.candidates
+    assert [Path(name).name for name in row.files] == ["net_grown.goodnet.onnx"]
+    why = "GoodNet grown was not written as torch-state-dict, the model's own format: It is stored in half precision."
+    for reporter in (Table(), Markdown(), Html()):
+        text = html.unescape(reporter.render(report, Terminal(width=200)))
+        assert why in text.replace("\\_", "_")
+    assert RepairReport.from_json(json.loads(json.dumps(report.to_json()))).candidates[0].facts == row.facts

@@ -1,12 +1,18 @@
 """The verb *scan* on small files."""
 
 import json
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
+from unittest.mock import ANY
 
 import numpy as np
 import pytest
+import torch
 
-from backdoorscan import policy, scan
+from backdoorscan import policy, scan, scanning
+from backdoorscan.classifier import Classifier
+from backdoorscan.costing import Forecast, forecast
+from backdoorscan.engine.keeping import Keeping
 from backdoorscan.errors import (
     ArtifactError,
     ExitCode,
@@ -17,12 +23,16 @@ from backdoorscan.errors import (
     UsageError,
 )
 from backdoorscan.findings import Evidence, Finding, Judgement, Unit, Verdict
+from backdoorscan.formats.loading import load_model
 from backdoorscan.images import LabelledImages
 from backdoorscan.plugin.detector import Detector
 from backdoorscan.plugin.method import option
+from backdoorscan.plugin.reporter import Terminal
 from backdoorscan.registry import installed
 from backdoorscan.report import ScanReport
-from backdoorscan.scanning import ScanOptions
+from backdoorscan.reports.markdown import Markdown
+from backdoorscan.reports.table import Table
+from backdoorscan.scanning import ScanOptions, plan_detectors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,3 +279,104 @@ def test_the_detectors_of_this_installation_run_by_default(model_file):
     report = scan(file.path, file.images, file.read, ScanOptions(settings=quick))
     expected = {plugin.id for plugin in installed().of_kind("detector") if plugin.component.default}
     assert {run.id for run in report.runs[0].detectors} == expected
+
+
+def untrained(file):
+    """The file with weights drawn at random, and how its images are fed pinned."""
+    random = torch.Generator().manual_seed(0)
+    state = torch.load(file.path, weights_only=True)
+    drawn = {name: torch.randn(tensor.shape, generator=random) for name, tensor in state.items()}
+    torch.save(drawn, file.path)
+    return replace(file, read=replace(file.read, input_range=(0.0, 1.0)))
+
+
+def test_an_untrained_network_is_inconclusive_whatever_detectors_would_say(model_file, registry_of):
+    file = untrained(model_file(None))
+    options = ScanOptions(settings={"told": {"p_value": 0}})
+    heard = []
+    report = scanning.scan(
+        file.path, file.images, file.read, options, registry=registry_of(detectors=[Told]), foretold=heard.append
+    )
+    (run,) = report.runs
+    assert heard == []
+    assert (report.verdict, report.complete, code(report)) == (Verdict.INCONCLUSIVE, True, ExitCode.INCONCLUSIVE)
+    assert policy.gate([(run, policy.DEFAULT_FAIL_ON)]) is ExitCode.INCONCLUSIVE
+    assert (run.findings, run.detectors, run.not_tested) == ([], [], ["the dark"])
+    assert "no better than guessing" in run.notes[0] and "60 images" in run.notes[0]
+    assert run.clean_accuracy < 0.4
+    for reporter in (Table(), Markdown()):
+        text = " ".join(reporter.render(report, Terminal()).split())
+        assert "No detector was run" in text and run.notes[0] in text
+
+
+def test_one_image_proves_nothing_of_a_network(model_file, registry_of):
+    file = untrained(model_file(None))
+    options = ScanOptions(settings={"told": {"p_value": 0}})
+    one = file.images.take(np.arange(1))
+    report = scan(file.path, one, file.read, options, registry=registry_of(detectors=[Told]))
+    assert report.verdict is Verdict.BACKDOORED
+
+
+class TestForecast:
+    """What is told before the work."""
+
+    @pytest.fixture
+    def told(self, model_file, registry_of):
+        """The forecasts of a scan."""
+
+        def run(classes, keeping=None, **options) -> list[Forecast]:
+            file, heard = model_file(None), []
+            registry = registry_of(detectors=classes)
+            scanning.scan(
+                file.path,
+                file.images,
+                file.read,
+                ScanOptions(**options),
+                registry=registry,
+                keeping=keeping,
+                foretold=heard.append,
+            )
+            return heard
+
+        return run
+
+    def test_of_the_default_scan(self, told):
+        (forecast,) = told([Told], jobs=2)
+        assert (forecast.gradient_samples, forecast.jobs, forecast.at_most) == (46_000, 2, False)
+        assert forecast.seconds > 0
+        assert re.fullmatch(r"about \d+ (s|min|h): 46,000 gradient samples on 2 threads", str(forecast))
+
+    def test_of_a_part_of_it(self, told):
+        (forecast,) = told([Told, Cheap], detectors=["cheap"], labels=(1, 2))
+        assert str(forecast).startswith("at most about ")
+        assert forecast.gradient_samples == 40_000
+
+    @pytest.mark.parametrize("options", [{"detectors": ["idle"]}, {"settings": {"told": {"p_value": 0.5}}}])
+    def test_of_other_methods_and_options_nothing_is_known(self, told, options):
+        assert told([Told, Idle], **options) == []
+
+    def test_a_scan_that_goes_on_is_shorter_by_nobody_knows_what(self, told, tmp_path):
+        assert told([Told], keeping=Keeping(tmp_path, reports=False, resume=True)) == []
+
+    def test_it_changes_nothing(self, model_file, registry_of):
+        file = model_file(2)
+        loaded = load_model(file.path, file.images, file.read)
+        before = {name: value.clone() for name, value in loaded.classifier.state_dict().items()}
+        state = torch.random.get_rng_state()
+        usual = [detector for _, detector in plan_detectors(ScanOptions(), registry_of(detectors=[Told]))]
+        assert forecast(loaded.classifier, usual, usual, 5, 1) is not None
+        assert torch.equal(torch.random.get_rng_state(), state)
+        assert all(parameter.grad is None for parameter in loaded.classifier.parameters())
+        assert all(torch.equal(value, before[name]) for name, value in loaded.classifier.state_dict().items())
+
+    def test_many_labels_cost_no_more_than_a_shortlist(self, model_file):
+        file = model_file(None)
+        classifier = load_model(file.path, file.images, file.read).classifier
+        assert forecast(classifier, [], [], 65, 1) == replace(forecast(classifier, [], [], 5000, 1), seconds=ANY)
+
+    def test_a_network_without_gradients(self):
+        class Steps(torch.nn.Module):
+            def forward(self, images):
+                return torch.nn.functional.one_hot(images.flatten(1).argmax(1), 4).float()
+
+        assert forecast(Classifier(Steps(), input_shape=(1, 2, 2), num_classes=4), [], [], 4, 1) is None

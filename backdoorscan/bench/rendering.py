@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich import box
-from rich.console import Console
+from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from backdoorscan.bench.metrics import LEVEL, Area, Rate
 from backdoorscan.bench.report import OVERALL, BenchReport
+from backdoorscan.plugin.reporter import Terminal
 from backdoorscan.reports.pages import Banner, Page, Pairs, Row, Sheet, provenance
+from backdoorscan.reports.printing import printed
 from backdoorscan.reports.words import number, percent, probability, visible
 
 _CAPTIONS = {
@@ -93,13 +94,13 @@ def not_taken_sheet(report: BenchReport) -> list[Sheet]:
 
 def render_table(report: BenchReport, width: int, color: bool) -> str:
     """The report as text of at most ``width`` columns, ending in a newline."""
-    stream = io.StringIO()
-    console = Console(
-        file=stream, width=width, force_terminal=color, no_color=not color, highlight=False, safe_box=not color
-    )
-    console.print(Text(headline(report)))
+    return printed(_drawn(report), Terminal(width=width, color=color))
+
+
+def _drawn(report: BenchReport) -> Iterator[RenderableType]:
+    yield Text(headline(report))
     for sheet in (*detector_sheets(report), *repair_sheets(report), *not_taken_sheet(report)):
-        console.print()
+        yield Text("")
         table = Table(
             box=box.SIMPLE_HEAD, title=sheet.caption, title_justify="left", title_style="bold", pad_edge=False
         )
@@ -107,10 +108,9 @@ def render_table(report: BenchReport, width: int, color: bool) -> str:
             table.add_column(column, justify="left" if position == 0 else "right")
         for row in sheet.rows:
             table.add_row(*(Text(visible(cell)) for cell in row.cells))
-        console.print(table)
+        yield table
     cost = f"{report.gradient_samples:,.0f} gradient samples and {report.cpu_seconds:.1f} CPU s per scan"
-    console.print(Text(cost, style="dim"))
-    return "\n".join(line.rstrip() for line in stream.getvalue().splitlines()) + "\n"
+    yield Text(cost, style="dim")
 
 
 @dataclass(frozen=True, kw_only=True)

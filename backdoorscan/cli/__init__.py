@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -16,6 +18,9 @@ from backdoorscan.cli import bench, convert, demo, evaluate, inspect, plugins, p
 from backdoorscan.cli._console import Color, Terminal
 from backdoorscan.cli._help import Command, Group, usage_hint
 from backdoorscan.errors import BackdoorscanError, ExitCode
+
+_COMPLETING = "_BACKDOORSCAN_COMPLETE"
+"""What a shell sets that asks for completions."""
 
 app = typer.Typer(
     name="backdoorscan",
@@ -73,7 +78,15 @@ app.add_typer(plugins.app, name="plugins", cls=Group, rich_help_panel="More")
 
 def main() -> NoReturn:
     """Run the program and exit."""
-    sys.exit(run(sys.argv[1:]))
+    code = run(sys.argv[1:])
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python would try again, and exit with 120
+        if code != ExitCode.ERROR:
+            _complain("Cannot write to stdout.", str(error))
+        code = ExitCode.ERROR
+    sys.exit(code)
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -89,8 +102,9 @@ def run(arguments: Sequence[str]) -> int:
     try:
         code = app(args=list(arguments), prog_name="backdoorscan", standalone_mode=False) or ExitCode.OK
     except SystemExit as stop:
-        # Completion is done; or the reader of our output went away: whatever the verdict was, it did not arrive.
-        return ExitCode.ERROR if stop.code else ExitCode.OK
+        # The reader of our output went away, or a plugin wanted to choose the exit code: there is no verdict to tell.
+        completes = any(argument.endswith("-completion") for argument in arguments) or _COMPLETING in os.environ
+        return ExitCode.OK if completes and not stop.code else ExitCode.ERROR
     except typer.TyperException as error:
         if arguments:
             _complain(" ".join(error.format_message().split()), "", usage_hint(error))
@@ -109,6 +123,9 @@ def run(arguments: Sequence[str]) -> int:
         # Whatever it is, it must not look like a verdict: Python itself would exit with 1.
         if verbose:
             traceback.print_exc()
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            _complain("There is no space left to write to.", str(error))
+            return ExitCode.ERROR
         hint = "This is a bug: please report it." + ("" if verbose else " -v shows where it happened.")
         _complain(f"Internal error: {type(error).__name__}: {error}", "", hint)
         return ExitCode.ERROR

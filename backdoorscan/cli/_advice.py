@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shlex
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from backdoorscan.measured import EvaluationReport, RepairReport
@@ -31,6 +32,8 @@ def after_scan(run: ModelRun, valid: str | None, arch: str | None = None, trust:
         return f"next: {_command('-v', 'scan', model, '--valid', valid or 'DATA')} shows where a detector failed"
     if valid is None:
         return "next: give clean labelled images with --valid; a scan without any is less certain"
+    if not run.detectors:
+        return "next: pass the model's own images and labels with --valid, and let the scan find --input-range itself"
     if run.verdict == "inconclusive":
         return "next: more clean images may decide it; -f html -o report.html shows the triggers"
     return "next: -f html -o report.html shows every label's smallest trigger, and what was not tested"
@@ -54,7 +57,7 @@ def after_repair(report: RepairReport, valid: str) -> str:
             return f"next: {_command('predict', file, 'IMAGE')}"
         return f"next: use {file} in the place of {model}"
     if report.method != AUTO:
-        return f"next: {_command('repair', model, '--valid', valid, '--method', AUTO)}"
+        return f"next: {_command('repair', model, '--valid', valid, '--method', AUTO, *_reading(report.model))}"
     return "next: do not use this model; poisoned images make repairs stronger: --poisoned, --learn-from-poisoned"
 
 
@@ -66,10 +69,19 @@ def after_evaluation(report: EvaluationReport, valid: str, poisoned: str | None)
     if report.model.get("kind") == "goodnet":
         return ""
     if success is None:
-        return f"next: {_command('scan', model, '--valid', valid)}"
+        return f"next: {_command('scan', model, '--valid', valid, *_reading(report.model))}"
     if success > REPAIRED:
-        return f"next: {_command('repair', model, '--valid', valid, '--poisoned', poisoned or 'DATA')}"
+        images = ("--valid", valid, "--poisoned", poisoned or "DATA")
+        return f"next: {_command('repair', model, *images, *_reading(report.model))}"
     return ""
+
+
+def _reading(model: Mapping[str, Any]) -> Iterator[str]:
+    """Without which the file would be refused."""
+    if model.get("arch"):
+        yield from ("--arch", str(model["arch"]))
+    if model.get("trusted"):
+        yield "--trust"
 
 
 def _command(*words: str) -> str:

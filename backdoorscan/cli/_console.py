@@ -13,12 +13,17 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from backdoorscan.errors import BackdoorscanError, OutputError, UsageError
+from backdoorscan.errors import BackdoorscanError, OutputError, PluginError, UsageError
 from backdoorscan.files import write_whole
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
     from backdoorscan.plugin import reporter
     from backdoorscan.report import Report
+
+_NEVER_FOLDED = 10_000
+"""Columns."""
 
 
 class Color(StrEnum):
@@ -164,12 +169,26 @@ class Terminal:
         for format in [each.format for each in everything if each.file is None]:
             if sys.stdout.isatty():
                 width = shutil.get_terminal_size().columns
-            sys.stdout.write(render(format, reporter.Terminal(width=width, color=self._colored())))
-            sys.stdout.flush()
+            text = render(format, reporter.Terminal(width=width, color=self._colored()))
+            try:
+                sys.stdout.write(text)
+                sys.stdout.flush()
+            except BrokenPipeError:  # whoever read it went away
+                raise
+            except OSError as error:
+                failed.append(OutputError("Cannot write the report to stdout.", why=str(error)))
         if len(failed) == 1:
             raise failed[0]
         if failed:
             raise OutputError(f"{len(failed)} reports were not written.", why=" ".join(each.what for each in failed))
+
+    def show(self, *parts: RenderableType) -> None:
+        """Print what is no report to stdout; lines are folded only where they would not fit on a terminal."""
+        from backdoorscan.plugin import reporter
+        from backdoorscan.reports.printing import printed
+
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else _NEVER_FOLDED
+        sys.stdout.write(printed(parts, reporter.Terminal(width=width, color=self._colored())))
 
     def _colored(self) -> bool:
         return self.color is Color.ALWAYS or (self.color is Color.AUTO and self._stdout_has_color())
@@ -185,13 +204,30 @@ class Terminal:
         """An observer that draws progress bars on stderr while the context lasts; elsewhere it does nothing.
 
         Whatever the user's architecture or a plugin prints meanwhile goes to stderr: stdout is for the report alone.
+
+        Raises:
+            PluginError: One of them wants to end the program.
         """
-        with redirect_stdout(sys.stderr), self._progress() as observer:
-            yield observer
+        try:
+            with redirect_stdout(sys.stderr), self._progress() as observer:
+                yield observer
+        except SystemExit as stop:
+            raise PluginError(
+                "The architecture or a plugin ended the program.",
+                why=f"It called sys.exit({stop.code!r}): an exit code of its own would look like a verdict.",
+                hint="-v shows where it happened.",
+            ) from stop
+
+    def foretelling(self, what: str) -> Callable[[object], None] | None:
+        """Says above the progress bars how long something takes; ``None`` where there are none, for nobody waits."""
+        return (lambda forecast: self.say(f"{what} takes {forecast}")) if self._shows_progress() else None
+
+    def _shows_progress(self) -> bool:
+        return self.progress and not self.quiet and sys.stderr.isatty()
 
     @contextmanager
     def _progress(self) -> Iterator[Callable[[str, float], None]]:
-        if self.quiet or not self.progress or not sys.stderr.isatty():
+        if not self._shows_progress():
             yield lambda _stage, _fraction: None
             return
         from rich.console import Console
@@ -215,7 +251,7 @@ class Terminal:
         )
         # Units of hours tell something only now and then: the speed is that of the whole run, not of half a minute.
         period = 7 * 24 * 3600.0
-        console = Console(stderr=True)
+        console = Console(stderr=True, no_color={Color.ALWAYS: False, Color.NEVER: True}.get(self.color))
         with Progress(*columns, console=console, transient=True, speed_estimate_period=period) as progress:
             tasks: dict[str, TaskID] = {}
 

@@ -8,17 +8,19 @@ import sys
 from collections.abc import Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from backdoorscan import __version__
 from backdoorscan.cli._console import Terminal
 from backdoorscan.cli._scaffold import Kind, write_package
+
+if TYPE_CHECKING:
+    from backdoorscan.registry import Plugin
 
 app = typer.Typer(
     help="List the installed methods and formats, show one, or begin one of your own.", invoke_without_command=True
@@ -51,7 +53,7 @@ def plugins(
     for plugin in found:
         summary = Text(f"broken: {plugin.error}", style="red") if plugin.error else Text(plugin.summary)
         table.add_row(plugin.id, plugin.kind, plugin.distribution, plugin.version, summary)
-    Console(highlight=False).print(table)
+    terminal.show(table)
 
 
 def _made_for_others(distributions: Iterable[str]) -> Iterator[str]:
@@ -71,31 +73,40 @@ def _made_for_others(distributions: Iterable[str]) -> Iterator[str]:
 
 @app.command()
 def show(
+    context: typer.Context,
     identifier: Annotated[str, typer.Argument(metavar="ID", help="As `backdoorscan plugins` lists it.")],
 ) -> None:
     """Print what a method does, its paper and its options."""
     from backdoorscan.errors import PluginError, UnknownNameError
-    from backdoorscan.plugin.method import Method
     from backdoorscan.registry import installed
 
     matches = [plugin for plugin in installed().plugins if plugin.id == identifier]
     if not matches:
         raise UnknownNameError("plugin", identifier, {plugin.id for plugin in installed().plugins})
+    terminal: Terminal = context.find_root().obj
     for plugin in matches:
         if plugin.component is None:
             raise PluginError(f"The plugin '{identifier}' of {plugin.distribution} is broken.", why=plugin.error)
-        print(f"{plugin.id}: {plugin.kind} of {plugin.distribution} {plugin.version}\n")
-        print(inspect.getdoc(plugin.component) or plugin.summary)
-        if not issubclass(plugin.component, Method):
-            continue
-        if plugin.component.paper:
-            print(f"\nPaper: {plugin.component.paper}")
-        specs = plugin.component.options()
-        if specs:
-            print(f"\nOptions (-O {plugin.id}.NAME=VALUE, or a table [tool.backdoorscan.{plugin.id}]):")
-        width = max((len(spec.name) for spec in specs), default=0)
-        for spec in specs:
-            print(f"  {spec.name:{width}}  {spec.help} [{spec.type_name}, default {spec.default!r}]")
+        terminal.show(*_described(plugin))
+
+
+def _described(plugin: Plugin) -> Iterator[Text]:
+    from backdoorscan.plugin.method import Method
+
+    yield Text.assemble((plugin.id, "bold"), f": {plugin.kind} of {plugin.distribution} {plugin.version}\n")
+    yield Text(inspect.getdoc(plugin.component) or plugin.summary)
+    if not (isinstance(plugin.component, type) and issubclass(plugin.component, Method)):
+        return
+    if plugin.component.paper:
+        yield Text.assemble(("\nPaper:", "bold"), f" {plugin.component.paper}")
+    specs = plugin.component.options()
+    if specs:
+        where = f" (-O {plugin.id}.NAME=VALUE, or a table [tool.backdoorscan.{plugin.id}]):"
+        yield Text.assemble(("\nOptions", "bold"), where)
+    width = max((len(spec.name) for spec in specs), default=0)
+    for spec in specs:
+        default = f" [{spec.type_name}, default {spec.default!r}]"
+        yield Text.assemble("  ", (f"{spec.name:{width}}", "bold"), f"  {spec.help}", (default, "dim"))
 
 
 @app.command()

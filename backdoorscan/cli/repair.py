@@ -157,7 +157,15 @@ def repair(
             classifier = load_model(model, images, read, seed=seed).classifier
             findings = load_triggers(triggers, classifier, images)
         result = repairing.repair(
-            model, images, poisoned, read, options, findings=findings, test=test, observer=observer
+            model,
+            images,
+            poisoned,
+            read,
+            options,
+            findings=findings,
+            test=test,
+            observer=observer,
+            foretold=terminal.foretelling("each scan in this repair"),
         )
     terminal.emit(result, format, report_output)
     if terminal.shows_table(format, report_output):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
@@ -17,6 +17,7 @@ from backdoorscan.cli._console import Terminal
 from backdoorscan.errors import Interrupted, UsageError
 
 if TYPE_CHECKING:
+    from backdoorscan.costing import Forecast
     from backdoorscan.engine.keeping import Keeping
     from backdoorscan.images import LabelledImages
     from backdoorscan.manifest import Entry
@@ -243,7 +244,8 @@ def scan(
     options = replace(options, engine=elsewhere)  # last, for a cluster may have to be started
     try:
         with terminal.watching() as observer:
-            report = _scanned(entries, valid, limit, options, observer, keeping)
+            foretold = terminal.foretelling("this scan")
+            report = _scanned(entries, valid, limit, options, observer, keeping, foretold)
     except KeyboardInterrupt:
         raise Interrupted("Interrupted.", hint="The same command with --resume goes on where it ended.") from None
     report, expired = baselines.suppress(report, accepted, datetime.date.today())
@@ -281,6 +283,7 @@ def _scanned(
     options: ScanOptions,
     observer: Observer,
     keeping: Keeping,
+    foretold: Callable[[Forecast], None] | None,
 ) -> ScanReport:
     """The report of one model, which raises what is wrong with it, or of several."""
     from backdoorscan import scanning, surveying
@@ -296,7 +299,7 @@ def _scanned(
     (entry,) = entries
     own = replace(options, labels=entry.labels, alpha=entry.alpha)
     images = load(entry.valid or valid)
-    report = scanning.scan(entry.file, images, entry.read, own, observer=observer, keeping=keeping)
+    report = scanning.scan(entry.file, images, entry.read, own, observer=observer, keeping=keeping, foretold=foretold)
     return replace(report, runs=[entry.named(run) for run in report.runs])
 
 

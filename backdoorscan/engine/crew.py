@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import os
 import pickle
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -118,6 +120,7 @@ def _serve(pipe: connection.Connection, work: Callable[[Any, Any, Say], Any], sh
         logging.basicConfig(stream=sys.stderr, format="%(message)s")
         logging.getLogger("backdoorscan").setLevel(level)
     torch.set_num_threads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
 
     def send(is_result: bool, message: Any) -> None:
         pipe.send_bytes(pickle.dumps((is_result, message)))
@@ -128,6 +131,14 @@ def _serve(pipe: connection.Connection, work: Callable[[Any, Any, Say], Any], sh
             send(True, work(shared, task, lambda message: send(False, message)))
         except (EOFError, OSError):
             return
+
+
+def _end_with_parent() -> None:
+    """End this process when the one that spread the tasks has ended, however that came: nobody waits for an answer."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _ending(code: int | None) -> str:

@@ -247,7 +247,7 @@ def _examine(
     place: tuple[PackedClassifier, LabelledImages | None], told: tuple[Detector, Context], unit: Unit
 ) -> Evidence:
     (packed, images), (detector, context) = place, told
-    return local.guarded(detector, unit.id, partial(detector.examine, unit, packed.unpack(), images, context))
+    return local.examined(detector, unit, packed.unpack(), images, context)
 
 
 def _listen(work: Callable[[Any, Any, Say], Any], shared: Any, task: Any) -> tuple[Any, list[Any]]:

@@ -15,7 +15,7 @@ from scipy import stats
 from torch import Tensor
 from torch.nn import functional
 
-from backdoorscan.classifier import InputConvention, to_tensor
+from backdoorscan.classifier import Classifier, InputConvention, logits, to_tensor
 from backdoorscan.errors import ConventionError
 from backdoorscan.images import LabelledImages
 
@@ -99,8 +99,7 @@ def find(
     if len(trials) == 1:
         return trials[0], trials
     chosen = _choose(trials, len(sample), num_classes, described)
-    hits = round(chosen.accuracy * len(sample))
-    if stats.binom.sf(hits - 1, len(sample), 1 / num_classes) > _CHANCE_LEVEL:
+    if guesses(round(chosen.accuracy * len(sample)), len(sample), num_classes):
         figures = ", ".join(f"{describe(t.convention)} {t.accuracy:.0%}" for t in trials)
         raise ConventionError(
             "No usual way to feed the clean images makes this model better than guessing.",
@@ -108,6 +107,27 @@ def find(
             hint="Check that the images and labels are the model's own, or pass --input-range or --mean/--std.",
         )
     return chosen, trials
+
+
+def guesses(hits: int, count: int, num_classes: int) -> bool:
+    """Whether ``hits`` right answers on ``count`` images may well be guessed, each with chance 1 in ``num_classes``."""
+    return bool(stats.binom.sf(hits - 1, count, 1 / num_classes) > _CHANCE_LEVEL)
+
+
+def on_clean(classifier: Classifier, images: LabelledImages) -> tuple[float, str]:
+    """The accuracy on the clean images, 0 to 1, and if it is that of guessing, a note that says so, else an empty one.
+
+    A convention that the user pins is not questioned when the file is read, and can be wrong. Where even right answers
+    alone would be no proof of more than guessing, as on one image, there is nothing to note.
+    """
+    hits = int((logits(classifier, to_tensor(images.pixels)).argmax(1) == torch.from_numpy(images.labels)).sum())
+    count, classes = len(images), classifier.num_classes
+    if not guesses(hits, count, classes) or guesses(count, count, classes):
+        return hits / count, ""
+    return hits / count, (
+        f"accuracy of {hits / count:.1%} on {count} images is no better than guessing: the images, their labels or "
+        "the input range may not be the model's own"
+    )
 
 
 def describe(convention: InputConvention) -> str:

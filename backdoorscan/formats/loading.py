@@ -19,7 +19,6 @@ from backdoorscan.errors import (
     BackdoorscanError,
     ConventionError,
     ImagesError,
-    UnsafeModelError,
     UnsupportedModelError,
     UsageError,
 )
@@ -254,7 +253,7 @@ def read_network(
         return loader, loader.load(artifact, options.arch)
     except ArtifactError as error:
         _name(artifact, error)
-        converter = converter_of(artifact) if isinstance(error, UnsafeModelError | UnsupportedModelError) else None
+        converter = converter_of(artifact, error)
         if converter is None:
             raise
         if not options.trust:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from backdoorscan.errors import OutputError
+from backdoorscan.files import whole_file
 from backdoorscan.findings import Finding
 from backdoorscan.measured import EvaluationReport, RepairReport
 from backdoorscan.report import DetectorRun, ModelRun, Report, ScanReport
@@ -152,8 +153,8 @@ def save_figures(report: Report, folder: Path) -> list[Path]:
         for front, chart in _all_charts(report):
             path = folder / f"{front}{chart.name}.png"
             figure = chart.draw()
-            with styled():
-                figure.savefig(path, dpi=200, metadata={"Software": None})
+            with styled(), whole_file(path) as place:
+                figure.savefig(place, format="png", dpi=200, metadata={"Software": None})
             files.append(path)
     except OSError as error:
         raise OutputError(f"Cannot write figures to {folder}.", why=str(error)) from error

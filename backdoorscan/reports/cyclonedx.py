@@ -23,14 +23,16 @@ from backdoorscan.reports.words import finite_json, plain, visible
 
 Object = dict[str, Any]
 
+_CLEAN, _POISONED, _STAMPED = "{clean} clean images", "{poisoned} poisoned images", "{clean} clean images, stamped"
 _RATES = {
-    "clean accuracy": "clean_accuracy",
-    "macro precision": "macro_precision",
-    TRUE: "attack_success_rate",
-    REVERSED: "reversed_success_rate",
-    "false reject rate": "false_reject_rate",
-    "caught rate": "caught_rate",
+    "clean accuracy": ("clean_accuracy", _CLEAN),
+    "macro precision": ("macro_precision", _CLEAN),
+    TRUE: ("attack_success_rate", _POISONED),
+    REVERSED: ("reversed_success_rate", _STAMPED),
+    "false reject rate": ("false_reject_rate", _CLEAN),
+    "caught rate": ("caught_rate", _POISONED),
 }
+"""Name -> field of ``Scores``, and what it is measured on."""
 
 
 class CycloneDx(Reporter):
@@ -52,7 +54,7 @@ class CycloneDx(Reporter):
             components = [_original(report), *(_candidate(row, report) for row in report.candidates)]
             found = list(_repaired(report))
         elif isinstance(report, EvaluationReport):
-            metrics = list(_rates(report.scores, _slice(report)))
+            metrics = list(_rates(report.scores, report))
             components = [_model(report.model, metrics, (), {"kind": report.model.get("kind")})]
             found = []
         else:
@@ -139,17 +141,15 @@ def _metric(name: str, value: float, part: str) -> Object:
     return {"type": name, "value": f"{value:.6g}", "slice": visible(part)}
 
 
-def _rates(scores: Scores, part: str) -> Iterator[Object]:
-    for name, field in _RATES.items():
+def _rates(scores: Scores, report: RepairReport | EvaluationReport) -> Iterator[Object]:
+    counts = {
+        "clean": getattr(report, "measured", 0) or report.images.get("count"),
+        "poisoned": (report.poisoned or {}).get("count"),
+    }
+    for name, (field, part) in _RATES.items():
         rate = getattr(scores, field)
         if rate is not None:
-            yield _metric(name, rate, part)
-
-
-def _slice(report: RepairReport | EvaluationReport) -> str:
-    count = getattr(report, "measured", 0) or report.images.get("count")
-    poisoned = f", {report.poisoned.get('count')} poisoned images" if report.poisoned else ""
-    return f"{count} clean images{poisoned}"
+            yield _metric(name, rate, part.format(**counts))
 
 
 def _scanned(run: ModelRun) -> Object:
@@ -220,11 +220,11 @@ def _vulnerability(finding: Finding, model: Mapping[str, Any], alpha: float, *, 
 
 
 def _original(report: RepairReport) -> Object:
-    return _model(report.model, list(_rates(report.before, _slice(report))), (), {"role": "original"})
+    return _model(report.model, list(_rates(report.before, report)), (), {"role": "original"})
 
 
 def _candidate(row: CandidateRow, report: RepairReport) -> Object:
-    component = _model(_written(row, report), list(_rates(row.scores, _slice(report))), (), _row_facts(row, report))
+    component = _model(_written(row, report), list(_rates(row.scores, report)), (), _row_facts(row, report))
     original = _original(report)
     component["pedigree"] = {
         "ancestors": [{key: original[key] for key in ("type", "name", "hashes") if key in original}],

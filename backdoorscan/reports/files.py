@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from rich import box
-from rich.console import Console, RenderableType
+from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -15,6 +14,7 @@ from backdoorscan.classifier import InputConvention
 from backdoorscan.formats.converting import Conversion
 from backdoorscan.formats.inspecting import Inspection, Layer
 from backdoorscan.plugin.reporter import Terminal
+from backdoorscan.reports.printing import printed
 from backdoorscan.reports.words import plain, visible
 
 SHOWN = 24
@@ -32,7 +32,7 @@ def inspection_table(report: Inspection, terminal: Terminal, everything: bool = 
         terminal: Where it goes.
         everything: Whether to show all layers and files, however many there are.
     """
-    return _printed(_inspection(report, everything), terminal)
+    return printed(_inspection(report, everything), terminal)
 
 
 def conversion_table(report: Conversion, terminal: Terminal) -> str:
@@ -49,24 +49,7 @@ def conversion_table(report: Conversion, terminal: Terminal) -> str:
             f"as {' and '.join(report.compared)} run it",
         ),
     ]
-    return _printed([_grid(facts)], terminal)
-
-
-def _printed(parts: Iterable[RenderableType], terminal: Terminal) -> str:
-    stream = io.StringIO()
-    console = Console(
-        file=stream,
-        width=terminal.width,
-        force_terminal=terminal.color,
-        color_system="256" if terminal.color else None,
-        no_color=not terminal.color,
-        highlight=False,
-        safe_box=not terminal.color,
-        legacy_windows=False,
-    )
-    for part in parts:
-        console.print(part)
-    return "\n".join(line.rstrip() for line in stream.getvalue().splitlines()) + "\n"
+    return printed([_grid(facts)], terminal)
 
 
 def _inspection(report: Inspection, everything: bool) -> Iterator[RenderableType]:
@@ -96,7 +79,7 @@ def _facts(report: Inspection, everything: bool) -> Iterator[tuple[str, str]]:
     if report.error is not None:
         return
     for key, value in report.details.items():
-        if key not in ("graph_logic", "trace_error"):
+        if key != "trace_error":
             if isinstance(value, Mapping):
                 value = [f"{name} {own}" for name, own in value.items()]
             yield key.replace("_", " "), ", ".join(map(str, value)) if isinstance(value, list | tuple) else plain(value)

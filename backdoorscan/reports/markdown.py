@@ -14,7 +14,15 @@ from backdoorscan.plugin.reporter import Reporter, Terminal
 from backdoorscan.report import DetectorRun, ModelRun, Report, ScanReport
 from backdoorscan.reports.columns import columns
 from backdoorscan.reports.outcome import network_name, outcome
-from backdoorscan.reports.telling import ACCEPTED, INCOMPLETE, TITLES, budget, finding_sentence, reasons
+from backdoorscan.reports.telling import (
+    ACCEPTED,
+    INCOMPLETE,
+    TITLES,
+    budget,
+    finding_sentence,
+    reasons,
+    trust_sentences,
+)
 from backdoorscan.reports.words import command, feeding, number, percent, plain, probability, size, visible
 
 MOST_BYTES = 60_000
@@ -148,6 +156,7 @@ def _section(run: ModelRun, report: ScanReport) -> Iterator[str]:
 def _sentences(run: ModelRun, alpha: float) -> Iterator[str]:
     yield from (finding_sentence(finding, alpha) for finding in run.findings[:3])
     yield from reasons(run, alpha)
+    yield from trust_sentences(run.model)
     yield from (f"Note: {note}." for note in run.notes[:_SENTENCES])
     if not run.complete:
         yield INCOMPLETE
@@ -199,6 +208,8 @@ def _advice(run: ModelRun) -> str:
         return "mend or leave out the file, and scan again."
     if not run.complete:
         return "run the scan again; `-v` shows why a detector failed, `--resume` goes on where time ran out."
+    if not run.detectors:
+        return "give the model's own images and labels (`--valid`), fed as the model was trained."
     if run.verdict is Verdict.INCONCLUSIVE:
         return "give more clean images (`--valid`), or run all detectors. Trying seeds until one passes is no scan."
     given = run.images if run.images and run.images.get("path") else {"path": "DATA"}
@@ -214,16 +225,19 @@ def _block(text: str) -> str:
 def _repair(report: RepairReport) -> Iterator[str]:
     result = outcome(report)
     yield f"## {_TONES[result.kind]} {result.title}: {code(report.model.get('path'))}"
-    yield "\n".join(f"- {prose(line)}" for line in result.lines)
+    yield "\n".join(f"- {prose(line)}" for line in (*result.lines, *trust_sentences(report.model)))
     shown = columns([report.before, *(row.scores for row in report.candidates)])
-    head = ("network", *shown, "scanned again", "within budget")
-    rows = [("B, as it came", *(cell(report.before) for cell in shown.values()), "–", "–")]
-    for row in report.candidates[:_ROWS]:
-        best = " (best)" if row is result.best else ""
-        answers = (plain(row.verdict and str(row.verdict)), plain(row.within_budget))
-        name = code(network_name(row), _NAME) + best
-        rows.append((name, *(cell(row.scores) for cell in shown.values()), *answers))
-    yield _table(head, rows, len(report.candidates) + 1)
+    answers: dict[str, list[object]] = {
+        "scanned again": [row.verdict and str(row.verdict) for row in report.candidates],
+        "within budget": [row.within_budget for row in report.candidates],
+    }
+    asked = {title: values for title, values in answers.items() if any(value is not None for value in values)}
+    rows = [("B, as it came", *(cell(report.before) for cell in shown.values()), *("–" for _ in asked))]
+    for at, row in enumerate(report.candidates[:_ROWS]):
+        name = code(network_name(row), _NAME) + (" (best)" if row is result.best else "")
+        given = (plain(values[at]) for values in asked.values())
+        rows.append((name, *(cell(row.scores) for cell in shown.values()), *given))
+    yield _table(("network", *shown, *asked), rows, len(report.candidates) + 1)
     yield f"Method {code(report.method, _NAME)}. {_measured(report.measured or report.images.get('count'), report)}"
     files = [file for row in report.candidates for file in row.files]
     yield "\n".join(f"- wrote {code(file)}" for file in files[:_ROWS])
@@ -232,6 +246,7 @@ def _repair(report: RepairReport) -> Iterator[str]:
 
 def _evaluation(report: EvaluationReport) -> Iterator[str]:
     yield f"## Evaluation: {code(report.model.get('path'))}"
+    yield "\n".join(f"- {prose(line)}" for line in trust_sentences(report.model))
     shown = columns([report.scores])
     yield _table(("network", *shown), [(code(report.model.get("kind"), _NAME), *_cells(report.scores))], 1)
     yield _measured(report.images.get("count"), report)

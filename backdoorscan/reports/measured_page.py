@@ -13,6 +13,7 @@ from backdoorscan.reports.album import evaluation_charts, repair_charts
 from backdoorscan.reports.columns import columns, true_attacks
 from backdoorscan.reports.evidence import Generic
 from backdoorscan.reports.outcome import Outcome, network_name, outcome, points, success
+from backdoorscan.reports.telling import trust_sentences
 from backdoorscan.reports.words import command, number, percent, plain
 
 _KNOWN = {
@@ -45,12 +46,13 @@ class MeasuredPage(pages.Page):
 def repair_page(report: RepairReport) -> MeasuredPage:
     """What the template shows of a repair."""
     result = outcome(report)
+    lines = [*result.lines, *trust_sentences(report.model)]
     listings, others = _others(report)
     return MeasuredPage(
         title=f"Repair: {plain(report.model.get('path'), 80)}",
         kind=f"repair report, method {plain(report.method, 60)}",
         provenance=pages.provenance(report),
-        banner=pages.Banner(result.kind, result.title, plain(report.model.get("path")), result.lines),
+        banner=pages.Banner(result.kind, result.title, plain(report.model.get("path")), lines),
         numbers=_repair_numbers(report, result),
         heading="Before and after",
         table=_repair_table(report, result.best),
@@ -83,7 +85,9 @@ def evaluation_page(report: EvaluationReport) -> MeasuredPage:
         title=f"Evaluation: {plain(report.model.get('path'), 80)}",
         kind="evaluation report",
         provenance=pages.provenance(report),
-        banner=pages.Banner("info", "Evaluation", plain(report.model.get("path")), [_rates(scores)]),
+        banner=pages.Banner(
+            "info", "Evaluation", plain(report.model.get("path")), [_rates(scores), *trust_sentences(report.model)]
+        ),
         numbers=[
             ("clean accuracy", percent(scores.clean_accuracy)),
             ("macro precision", percent(scores.macro_precision)),

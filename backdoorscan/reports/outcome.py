@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from backdoorscan.findings import Verdict
-from backdoorscan.measured import CandidateRow, RepairReport, Scores
+from backdoorscan.measured import NOT_WRITTEN, CandidateRow, RepairReport, Scores
 from backdoorscan.policy import REPAIRED, is_repaired
-from backdoorscan.reports.words import percent
+from backdoorscan.reports.words import percent, plain
 
 TRUE = "true attack success"
 REVERSED = "success of the reversed triggers"
@@ -35,6 +35,19 @@ class Outcome:
 
 def outcome(report: RepairReport) -> Outcome:
     """What a repair came to."""
+    result = _outcome(report)
+    return replace(result, lines=[*result.lines, *_not_written(report)])
+
+
+def _not_written(report: RepairReport) -> Iterator[str]:
+    for row in report.candidates:
+        missing = row.facts.get(NOT_WRITTEN)
+        if isinstance(missing, Mapping):
+            own = plain(missing.get("format"))
+            yield f"{network_name(row)} was not written as {own}, the model's own format: {plain(missing.get('why'))}"
+
+
+def _outcome(report: RepairReport) -> Outcome:
     safe = [row for row in report.candidates if is_repaired(row)]
     measure = measure_of(report.before)
     if not report.candidates:

@@ -13,7 +13,7 @@ from backdoorscan.findings import Verdict
 from backdoorscan.report import DetectorRun, ModelRun, ScanReport
 from backdoorscan.reports import evidence, pages, pictures
 from backdoorscan.reports.album import label_charts
-from backdoorscan.reports.telling import INCOMPLETE, TITLES, finding_sentence, reasons, smallest_p
+from backdoorscan.reports.telling import INCOMPLETE, TITLES, finding_sentence, reasons, smallest_p, trust_sentences
 from backdoorscan.reports.words import command, number, percent, plain, probability, ranges
 from backdoorscan.trigger import Trigger
 
@@ -126,7 +126,7 @@ def _banner(run: ModelRun, alpha: float) -> pages.Banner:
     sentences = [finding_sentence(finding, alpha) for finding in run.findings[:3]]
     if len(run.findings) > 3:
         sentences.append(f"{len(run.findings) - 3} more labels are listed below.")
-    sentences += reasons(run, alpha)
+    sentences += [*reasons(run, alpha), *trust_sentences(run.model)]
     sentences += [f"Note: {note}." for note in run.notes]
     if run.not_tested:
         sentences.append("Not tested: " + ", ".join(run.not_tested) + ".")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich import box
-from rich.console import Console, Group, RenderableType
+from rich.console import RenderableType
 from rich.markup import escape
 from rich.table import Table as RichTable
 from rich.text import Text
@@ -21,8 +20,9 @@ from backdoorscan.reports.columns import REVERSED_ATTACKS, TRUE_ATTACKS, columns
 from backdoorscan.reports.drawing import WIDEST, draw, place
 from backdoorscan.reports.evidence import label_rows
 from backdoorscan.reports.outcome import network_name, outcome
+from backdoorscan.reports.printing import printed
 from backdoorscan.reports.summary import called, summary
-from backdoorscan.reports.telling import ACCEPTED, INCOMPLETE
+from backdoorscan.reports.telling import ACCEPTED, INCOMPLETE, reasons, trust_sentences
 from backdoorscan.reports.words import given_count, number, visible
 
 _STYLE = {Verdict.CLEAN: "bold green", Verdict.BACKDOORED: "bold red", Verdict.INCONCLUSIVE: "bold yellow"}
@@ -36,19 +36,7 @@ class Table(Reporter):
 
     def render(self, report: Report, terminal: Terminal) -> str:
         """The report as text of at most ``terminal.width`` columns."""
-        stream = io.StringIO()
-        console = Console(
-            file=stream,
-            width=terminal.width,
-            force_terminal=terminal.color,
-            color_system="256" if terminal.color else None,
-            no_color=not terminal.color,
-            highlight=False,
-            safe_box=not terminal.color,
-            legacy_windows=False,
-        )
-        console.print(Group(*_parts(report, terminal)))
-        return "\n".join(line.rstrip() for line in stream.getvalue().splitlines()) + "\n"
+        return printed(_parts(report, terminal), terminal)
 
 
 def _parts(report: Report, terminal: Terminal) -> Iterator[RenderableType]:
@@ -75,6 +63,9 @@ def _scan(run: ModelRun, terminal: Terminal) -> Iterator[RenderableType]:
         yield Text(visible(run.error, lines=True), style="red")
         return
     yield _facts(run)
+    yield from _trust(run.model)
+    if not run.detectors:
+        yield from (Text(sentence, style="yellow") for sentence in reasons(run, alpha=0))
     for detector in run.detectors:
         if detector.error:
             yield Text(visible(f"{detector.id} failed: {detector.error}", lines=True), style="red")
@@ -113,6 +104,11 @@ def _scan(run: ModelRun, terminal: Terminal) -> Iterator[RenderableType]:
         f"{cost.cpu_seconds:.1f} CPU s, {cost.peak_memory_mb:.0f} MiB",
         style="dim",
     )
+
+
+def _trust(model: Mapping[str, Any]) -> Iterator[RenderableType]:
+    for sentence in trust_sentences(model):
+        yield Text(visible(sentence), style="yellow")
 
 
 def _facts(run: ModelRun) -> RenderableType:
@@ -192,6 +188,7 @@ def _labels(run: ModelRun) -> Iterator[RenderableType]:
 
 def _repair(report: RepairReport) -> Iterator[RenderableType]:
     yield Text(visible(f"{report.model['path']}  repaired by {report.method}"))
+    yield from _trust(report.model)
     measured = [report.before, *(row.scores for row in report.candidates)]
     shown = columns(measured)
     for title in (TRUE_ATTACKS, REVERSED_ATTACKS):
@@ -238,6 +235,7 @@ def _repair(report: RepairReport) -> Iterator[RenderableType]:
 
 def _evaluation(report: EvaluationReport) -> Iterator[RenderableType]:
     yield Text(visible(str(report.model["path"])))
+    yield from _trust(report.model)
     shown = columns([report.scores])
     table = _table("network", *map(_narrow, shown))
     table.add_row(escape(visible(str(report.model["kind"]))), *(cell(report.scores) for cell in shown.values()))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from backdoorscan.findings import Finding, Verdict
 from backdoorscan.report import ModelRun, ScanReport
@@ -24,8 +24,15 @@ def budget(run: ModelRun, report: ScanReport) -> float:
     return report.alpha if run.alpha is None else run.alpha
 
 
+def trust_sentences(model: Mapping[str, object]) -> Iterator[str]:
+    """What there is to know of a model that was read with ``--trust``; nothing of others."""
+    if model.get("trusted"):
+        kinds = f"from {plain(model.get('converted_from'), 40)} to {plain(model.get('converted_to'), 40)}"
+        yield f"Read with --trust: converted {kinds} in a sandbox, where code from the file ran."
+
+
 def finding_sentence(finding: Finding, alpha: float) -> str:
-    """A finding: the label, its trigger, and the p-value against the budget."""
+    """A finding: the label, its trigger, and the p-value beside ``alpha``, the largest that proves one; 1 for any."""
     victims = "any class" if finding.source_label is None else f"class {finding.source_label}"
     text = f"Label {finding.target_label}: "
     if finding.trigger is not None:
@@ -36,11 +43,11 @@ def finding_sentence(finding: Finding, alpha: float) -> str:
             text += f"sends images of {victims} there; "
     elif finding.source_label is not None:
         text += f"images of {victims} are sent there; "
-    relation = "within" if finding.p_value <= alpha else "not within"
+    text += f"p = {probability(finding.p_value)}"
+    if alpha < 1:
+        text += f", at most {alpha:g}: proven" if finding.p_value <= alpha else f", above {alpha:g}: not proven"
     accepted = f" It is {ACCEPTED}: {finding.suppressed}." if finding.suppressed else ""
-    return (
-        text + f"p = {probability(finding.p_value)}, {relation} the budget of {alpha:g} ({finding.detector}).{accepted}"
-    )
+    return f"{text} ({finding.detector}).{accepted}"
 
 
 def smallest_p(run: ModelRun) -> float | None:
@@ -55,6 +62,8 @@ def reasons(run: ModelRun, alpha: float) -> Iterator[str]:
     elif run.verdict is Verdict.CLEAN:
         smallest = probability(smallest_p(run))
         yield f"No finding has p up to {alpha:g}; the smallest of a detector by itself is {smallest}."
+    elif not run.detectors:
+        yield "No detector was run, for on the clean images the model is no better than guessing."
     elif not run.findings:
         answered = [d.id for d in run.detectors if d.p_value is not None]
         yield f"Only {', '.join(answered)} could answer." if answered else "No detector could answer."

@@ -108,6 +108,8 @@ def command(
     parts = [shlex.join(["backdoorscan", verb, _path(model.get("path", "MODEL"))])]
     if isinstance(model.get("arch"), str):
         parts.append(shlex.join(["--arch", str(model["arch"])]))
+    if model.get("trusted"):
+        parts.append("--trust")
     if images is not None and images.get("path", "DATA") is not None:
         parts.append(shlex.join(["--valid", str(images.get("path", "DATA"))]))
         if verb != "evaluate" and images.get("count"):

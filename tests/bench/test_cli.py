@@ -10,7 +10,7 @@ import pytest
 from backdoorscan.cli import run
 
 ZOO = ("--attack", "badnets", "--attack", "single-pixel", "--architecture", "conv-dense", "--clean", "2")
-QUICK = ("--samples", "3000", "-d", "neural-cleanse", "-O", "neural-cleanse.steps=3")
+QUICK = ("--samples", "1000", "-d", "neural-cleanse", "-O", "neural-cleanse.steps=3")
 
 
 @pytest.fixture

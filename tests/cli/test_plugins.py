@@ -19,6 +19,7 @@ import backdoorscan
 from backdoorscan.demo import DemoFiles
 from backdoorscan.errors import ExitCode
 from backdoorscan.registry import installed
+from backdoorscan.scanning import ScanOptions, plan_detectors
 
 Cli = Callable[..., Any]
 
@@ -115,6 +116,30 @@ def test_show_prints_docstring_paper_and_every_option(identifier: str, cli: Cli)
         assert f"default {spec.default!r}]" in shown[spec.name]
 
 
+@pytest.mark.parametrize("command", [("plugins",), ("plugins", "show", "prune")])
+@pytest.mark.parametrize(
+    ("color", "environment", "colored"),
+    [
+        ("always", {"NO_COLOR": "1"}, True),
+        ("never", {"FORCE_COLOR": "1"}, False),
+        ("auto", {}, False),
+        ("auto", {"FORCE_COLOR": "1", "TERM": "xterm"}, True),
+        ("auto", {"FORCE_COLOR": "1", "TERM": "xterm", "NO_COLOR": "1"}, False),
+    ],
+)
+def test_color(
+    command: tuple[str, ...],
+    color: str,
+    environment: dict[str, str],
+    colored: bool,
+    cli: Cli,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert ("\x1b[" in cli("--color", color, *command).out) is colored
+
+
 @pytest.mark.parametrize("identifier", ["keras-h5", "torch-state-dict", "safetensors", "json", "table"])
 def test_show_a_format(identifier: str, cli: Cli) -> None:
     result = cli("plugins", "show", identifier)
@@ -169,8 +194,10 @@ def test_a_broken_plugin_is_a_row_and_not_the_end(
     assert error in found["strangers", "plugin"]["error"]
     assert not [key for key in found if key[0] in ("coin", "verdict")]
     assert "broken:" in cli("plugins").out
+    default = {plugin.id for plugin in installed().of_kind("detector") if plugin.component.default}
+    assert {detector.id for _, detector in plan_detectors(ScanOptions(), installed())} == default
     command = ["scan", demo.clean_model, "--valid", demo.clean, "--limit", 60, "-f", "json"]
-    assert cli(*command, "-O", "neural-cleanse.steps=2").json["complete"] is True
+    assert cli(*command, "-d", "neural-cleanse", "-O", "neural-cleanse.steps=2").json["complete"] is True
     for asked in (("plugins", "show", "strangers"), (*command, "-d", "strangers")):
         result = cli(*asked)
         assert result.code == ExitCode.ERROR

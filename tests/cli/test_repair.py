@@ -303,7 +303,8 @@ def test_saved_triggers_repair(
     scanned: Any, demo: DemoFiles, cli: Cli, elsewhere: Path, validate: Callable[[Any], None]
 ) -> None:
     for name in ("t.npz", "t.h5"):
-        saved = cli("scan", demo.model, "--valid", demo.clean, "--no-cache", "--save-triggers", name, "-f", "json")
+        scan = ("scan", demo.model, "--valid", demo.clean, "-d", "neural-cleanse", "--no-cache", "-f", "json")
+        saved = cli(*scan, "--save-triggers", name)
         assert (saved.code, saved.err) == (ExitCode.FOUND, f"wrote {name}\n")
     with h5py.File("t.h5") as file, np.load("t.npz") as archive:
         # Of a backdoored model only the flagged label's: a repair takes all triggers it is given for backdoors.

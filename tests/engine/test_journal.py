@@ -150,15 +150,14 @@ def test_a_folder_that_cannot_be_written(tmp_path):
         Journal(tmp_path / "file" / "a", resume=False, tell=print)
 
 
-def test_a_disk_that_is_full_is_told_once(journal, told, monkeypatch):
+def test_a_disk_that_is_full_is_told_once_and_costs_only_what_follows(journal, told, full_disk):
     kept = journal()
-
-    def full(_data):
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(kept, "_append", full)
     section = kept.section("d", {})
-    for unit in UNITS:
-        section.keep(unit, evidence(1))
+    section.keep(UNITS[0], evidence(1))
+    with full_disk(kept.path.stat().st_size + 10):
+        for unit in UNITS[1:]:
+            section.keep(unit, evidence(1))
+        kept.close()
     (warning,) = told
-    assert "No space left" in warning
+    assert "too large" in warning
+    assert set(journal(resume=True).section("d", {}).taken_over(UNITS)) == {UNITS[0].id}

@@ -1,5 +1,6 @@
 """Units side by side."""
 
+import _thread
 import threading
 import time
 from dataclasses import dataclass, field
@@ -136,3 +137,56 @@ def test_a_failing_unit_ends_the_others():
     # The unit beside it is ended where it next tells its progress, and what waits is not begun.
     assert {"0", "1"} <= set(busy.begun)
     assert "5" not in busy.begun
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hanging(Busy):
+    """Two of its units never end and never tell their progress."""
+
+    id = "hanging"
+    begun: Any = field(default_factory=threading.Event)
+    end: Any = field(default_factory=threading.Event)
+
+    def examine(self, unit, classifier, images, context):
+        if unit.id in ("1", "2"):
+            self.begun.set()
+            self.end.wait()
+        return Evidence(figures={})
+
+
+@pytest.fixture
+def hanging(monkeypatch):
+    monkeypatch.setattr(local, "_GRACE", 0.1)
+    detector = Hanging()
+    yield detector
+    detector.end.set()
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_the_deadline_ends_a_unit_that_never_tells_its_progress(hanging, jobs):
+    kept = []
+    context = Context(deadline=time.monotonic() + 0.5)
+    with pytest.raises(MethodError, match="hanging ran out of time"):
+        list(local.run(hanging, UNITS, Net(), None, context, jobs, lambda unit, _: kept.append(unit.id)))
+    assert hanging.begun.is_set()
+    assert "0" in kept
+
+
+def test_ctrl_c_ends_units_side_by_side_that_never_tell_their_progress(hanging):
+    def press():
+        hanging.begun.wait()
+        _thread.interrupt_main()
+
+    presses = threading.Thread(target=press)
+    presses.start()
+    with pytest.raises(KeyboardInterrupt):
+        list(local.run(hanging, UNITS, Net(), None, Context(), 2))
+    presses.join()
+
+
+def test_with_a_deadline_the_result_is_the_same():
+    plain, timed = (
+        {unit.id: part.figures["numbers"] for unit, part in local.run(Busy(), UNITS, Net(), None, context)}
+        for context in (Context(seed=3), Context(seed=3, deadline=time.monotonic() + 600))
+    )
+    assert plain == timed

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from backdoorscan.findings import Finding, Verdict
+from backdoorscan.findings import Finding, Severity, Verdict
 from backdoorscan.measured import CandidateRow, EvaluationReport, RepairReport, Scores
 from backdoorscan.report import Cost, DetectorRun, ModelRun, ScanReport
 from backdoorscan.trigger import Trigger
@@ -66,7 +66,7 @@ def label_row(label: int, l1: float, classes: int, steps: int = 30) -> dict[str,
         "label": label,
         "l1": l1,
         "succeeded": label != 3,
-        "attack_success_rate": 0.99,
+        "attack_success_rate": 0.31 if label == 3 else 0.99,
         "prediction_deviation": 0.01 + 0.1 * (label % 7),
         "predictions": {str(label): 0.9, str((label + 1) % classes): 0.1},
         "steps": steps,
@@ -107,6 +107,7 @@ def model_run(channels: int = 1, classes: int = 4, facts: Mapping[str, Any] | No
         score=5.0,
         trigger=trigger(TARGET, channels),
         attack_success_rate=0.99,
+        severity=Severity.CRITICAL,
     )
     values: dict[str, Any] = {
         "model": model(channels, classes, **(facts or {})),

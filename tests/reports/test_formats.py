@@ -129,6 +129,7 @@ def failed(make: SimpleNamespace) -> Any:
             images=None,
             clean_accuracy=None,
             error="broken.h5 is no model.\nIt is empty.",
+            not_tested=[],
         ),
         facts=facts,
     )
@@ -159,6 +160,9 @@ def reports(make: SimpleNamespace) -> Iterator[tuple[str, Report]]:
     silent = make.detector(p_value=None, note="Too few images.")
     mute = make.run(verdict=Verdict.INCONCLUSIVE, findings=[], detectors=[silent])
     yield "no answer", make.scan(mute, verdict=Verdict.INCONCLUSIVE)
+    notes = ["accuracy of 25.0% on 380 images is no better than guessing"]
+    guessing = make.run(verdict=Verdict.INCONCLUSIVE, findings=[], detectors=[], notes=notes, clean_accuracy=0.25)
+    yield "guessing", make.scan(guessing, verdict=Verdict.INCONCLUSIVE)
     broken = make.detector(id="pruner", p_value=None, error="RuntimeError: no convolution", evidence={}, triggers=[])
     half = make.run(verdict=Verdict.INCONCLUSIVE, complete=False, findings=[], detectors=[quiet, broken])
     yield "incomplete", make.scan(half, verdict=Verdict.INCONCLUSIVE, complete=False)
@@ -166,7 +170,8 @@ def reports(make: SimpleNamespace) -> Iterator[tuple[str, Report]]:
     yield "source", make.scan(make.run(findings=[pair], detectors=[make.detector(id="source-pairs")]))
     accepted = suspicion(p_value=0.001, suppressed="a watermark", severity=Severity.HIGH)
     yield "accepted", make.scan(make.run(findings=[accepted], otherwise=Verdict.CLEAN))
-    other = make.run(facts={"path": "other/clean.h5", "sha256": "ef" * 32}, verdict=Verdict.CLEAN, findings=[])
+    facts = {"path": "other/clean.h5", "sha256": "ef" * 32}
+    other = make.run(facts=facts, verdict=Verdict.CLEAN, findings=[], detectors=[quiet])
     several = [make.run(), other, unscanned(make)]
     yield "several", make.scan(*several, complete=False)
     yield "left in", make.repair(after=0.5)
@@ -175,8 +180,8 @@ def reports(make: SimpleNamespace) -> Iterator[tuple[str, Report]]:
 
 
 NAMES = [
-    *("scan", "repair", "evaluation", "clean", "suspected", "no answer", "incomplete", "source", "accepted"),
-    *("several", "left in", "not measured", "no networks"),
+    *("scan", "repair", "evaluation", "clean", "suspected", "no answer", "guessing", "incomplete", "source"),
+    *("accepted", "several", "left in", "not measured", "no networks"),
 ]
 
 
@@ -222,6 +227,7 @@ def test_names_are_those_of_the_reports(every: dict[str, Report]) -> None:
         ("clean", []),
         ("suspected", ["warning"]),
         ("no answer", ["warning"]),
+        ("guessing", ["warning"]),
         ("incomplete", ["warning"]),
         ("source", ["error"]),
         ("several", ["error", "warning"]),

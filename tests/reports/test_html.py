@@ -122,7 +122,7 @@ def test_scan_shows_verdict_evidence_and_how_to_repeat(make: SimpleNamespace) ->
     for words in (
         "Backdoored",
         "Label 1: a trigger of 4.0 pixels (6.2% of the image) sends 99.00% of held-out images of any class there",
-        "p = 0.0004, within the budget of 0.01",
+        "p = 0.0004, at most 0.01: proven",
         "Not tested: all-to-all backdoors.",
         "Size of the smallest trigger of each label",
         "2: the paper's threshold",

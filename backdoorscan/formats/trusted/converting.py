@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from backdoorscan.artifact import Artifact
-from backdoorscan.errors import ImagesError, UsageError
+from backdoorscan.errors import ArtifactError, ImagesError, UnsafeModelError, UnsupportedModelError, UsageError
 from backdoorscan.formats.keras.archive import is_archive
 from backdoorscan.formats.keras.hdf5 import is_hdf5
+from backdoorscan.formats.keras.parse import parse
+from backdoorscan.formats.sandbox import run_apart
 from backdoorscan.formats.trusted import apart
 from backdoorscan.formats.trusted.savedmodel import SavedModel
 from backdoorscan.formats.trusted.tensorflow import from_savedmodel
@@ -48,12 +50,15 @@ class Converter:
         accepts: Whether an artifact is of it, by content.
         convert: Its file as one that is read as data; runs what the file holds, in the sandbox.
         packages: The Python packages that convert it.
+        overcomes: Whether a conversion may open what a reader has refused with an error: code in it, or what only the
+            program that wrote it understands; not links, bombs and damage.
     """
 
     id: str
     accepts: Callable[[Artifact], bool]
     convert: Callable[[Artifact, Known], bytes]
     packages: tuple[str, ...]
+    overcomes: Callable[[Artifact, ArtifactError], bool]
 
     def __call__(self, artifact: Artifact, known: Known) -> Artifact:
         """The converted file, under the path of the original.
@@ -75,9 +80,35 @@ class Converter:
         }
 
 
-def converter_of(artifact: Artifact) -> Converter | None:
-    """What converts an artifact that no reader can read as data, or ``None``."""
-    return next((converter for converter in CONVERTERS if converter.accepts(artifact)), None)
+def converter_of(artifact: Artifact, refusal: ArtifactError) -> Converter | None:
+    """What may open an artifact that its reader has refused, or ``None``."""
+    converter = next((converter for converter in CONVERTERS if converter.accepts(artifact)), None)
+    return converter if converter and converter.overcomes(artifact, refusal) else None
+
+
+def _is_code(_artifact: Artifact, refusal: ArtifactError) -> bool:
+    """Of PyTorch and TensorFlow what is refused as unsafe is programs and pickled objects."""
+    return isinstance(refusal, UnsafeModelError)
+
+
+def _is_in_layers(artifact: Artifact, refusal: ArtifactError) -> bool:
+    """Whether what is refused in a Keras file are its layers: the file around them is sound, and there are some."""
+    unsafe = isinstance(refusal, UnsafeModelError)
+    if not unsafe and not isinstance(refusal, UnsupportedModelError):
+        return False
+    try:
+        config = run_apart(parse, artifact.data, str(artifact.path), name=str(artifact.path)).config
+    except UnsupportedModelError:
+        return True  # weights kept in a way that only Keras knows
+    except ArtifactError:
+        return False
+    return config is not None and (not unsafe or _holds_lambda(config))
+
+
+def _holds_lambda(config: Any) -> bool:
+    if isinstance(config, dict):
+        return config.get("class_name") == "Lambda" or any(map(_holds_lambda, config.values()))
+    return isinstance(config, list) and any(map(_holds_lambda, config))
 
 
 def _torchscript(artifact: Artifact, known: Known) -> bytes:
@@ -167,8 +198,12 @@ def _shapes(artifact: Artifact, known: Known) -> Sequence[tuple[int, ...]]:
 _TENSORFLOW = ("tensorflow", "tf2onnx")
 
 CONVERTERS = (
-    Converter("torchscript", lambda artifact: kind_of(artifact.data) == "torchscript", _torchscript, ("torch",)),
-    Converter("pickle", lambda artifact: kind_of(artifact.data) in ("zip", "legacy", "pickle"), _pickle, ("torch",)),
-    Converter("keras", lambda a: is_hdf5(a.data) or is_archive(a.data), _keras, ("keras", "torch")),
-    Converter(SavedModel.id, SavedModel().accepts, _savedmodel, _TENSORFLOW),
+    Converter(
+        "torchscript", lambda artifact: kind_of(artifact.data) == "torchscript", _torchscript, ("torch",), _is_code
+    ),
+    Converter(
+        "pickle", lambda artifact: kind_of(artifact.data) in ("zip", "legacy", "pickle"), _pickle, ("torch",), _is_code
+    ),
+    Converter("keras", lambda a: is_hdf5(a.data) or is_archive(a.data), _keras, ("keras", "torch"), _is_in_layers),
+    Converter(SavedModel.id, SavedModel().accepts, _savedmodel, _TENSORFLOW, _is_code),
 )
