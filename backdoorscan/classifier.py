@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -63,7 +64,8 @@ class InputConvention:
 class Classifier(nn.Module):
     """Images ``(N, C, H, W)`` float32 in [0, 1] -> logits ``(N, K)``.
 
-    Scaling, axis order and a final softmax are part of it, so masks and triggers are always in image units.
+    Scaling, axis order and a final softmax are part of it, so masks and triggers are always in image units. The network
+    computes on the device of its weights, and in their precision; images and logits are float32 on the CPU.
 
     Args:
         network: Takes ``(N, *native_shape)`` in its own units, channels first, and returns logits. A
@@ -106,6 +108,10 @@ class Classifier(nn.Module):
     def native(self, pixels: Tensor) -> Tensor:
         """What the network itself takes for images (N, C, H, W) in [0, 1]: shape ``(N, *native_shape)``."""
         inputs = self.convention.apply(pixels)
+        for weights in chain(self.network.parameters(), self.network.buffers()):
+            if weights.is_floating_point():
+                inputs = inputs.to(weights)
+                break
         if len(self.native_shape) == 3:
             return inputs.contiguous(memory_format=self.memory_format)
         if self.convention.layout == "NHWC":
@@ -122,7 +128,7 @@ class Classifier(nn.Module):
 
     def class_scores(self, output: Tensor) -> Tensor:
         """Logits (N, K) from what ``network``, or the end of it, returned."""
-        scores = output.flatten(1)
+        scores = here(output).flatten(1)
         return torch.cat([torch.zeros_like(scores), scores], dim=1) if self.binary else scores
 
     @property
@@ -158,6 +164,11 @@ class Classifier(nn.Module):
         twin._modules = dict(self._modules)
         twin.network = copy.deepcopy(self.network)
         return twin
+
+
+def here(values: Tensor) -> Tensor:
+    """What a network computed, float32 on the CPU."""
+    return values.to("cpu", torch.float32)
 
 
 def to_tensor(pixels: npt.NDArray[Any] | Tensor) -> Tensor:

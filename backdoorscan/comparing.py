@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -50,15 +51,16 @@ class Network:
             BackdoorscanError: It cannot be written.
         """
         artifact, arch = loaded.artifact, loaded.options.arch
-        if not isinstance(self.network, GoodNet | RejectingNet):
-            loaded.loader.write(artifact, _tensors(self.network), place / self.name, arch=arch)
+        network = copy.deepcopy(self.network).cpu()  # the others compute where they are until the end
+        if not isinstance(network, GoodNet | RejectingNet):
+            loaded.loader.write(artifact, _tensors(network), place / self.name, arch=arch)
             return [self.name], ""
-        write_goodnet(self.network, place / self.name)
-        if isinstance(self.network, GoodNet):
+        write_goodnet(network, place / self.name)
+        if isinstance(network, GoodNet):
             return [self.name], ""
         own = self.name.rpartition(_GOODNET)[0] + loaded.suffix
         try:
-            loaded.loader.write_extended(artifact, _tensors(self.network.classifier), place / own, arch=arch)
+            loaded.loader.write_extended(artifact, _tensors(network.classifier), place / own, arch=arch)
         except ArtifactError as error:
             return [self.name], error.why or error.what
         return [self.name, own], ""

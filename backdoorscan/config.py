@@ -38,6 +38,7 @@ class Settings:
         formats: Output formats, each with its file or without.
         jobs: Units of work, or models, at a time.
         threads: Computing threads of the process.
+        device: Where networks compute: cpu, cuda, ...
         engine: Where to work: local or ray.
         ray_address: The Ray cluster.
         timeout: Seconds after which the scan of a model ends incomplete.
@@ -57,6 +58,7 @@ class Settings:
     formats: tuple[str, ...] | None = None
     jobs: int | None = None
     threads: int | None = None
+    device: str | None = None
     engine: str | None = None
     ray_address: str | None = None
     timeout: float | None = None
@@ -106,6 +108,7 @@ _KEYS = {
     "formats": NAMES,
     "jobs": POSITIVE,
     "threads": POSITIVE,
+    "device": TEXT,
     "engine": TEXT,
     "ray_address": TEXT,
     "timeout": Kind("a number of seconds", lambda value: is_number(value) and value >= 0),

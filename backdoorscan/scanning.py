@@ -106,7 +106,9 @@ def scan(
         report = replace(stored, runs=[as_asked(run, artifact.path, images, read) for run in stored.runs])
         registry.announce("scan_finished", report=report)
         return report
-    loaded = load_model(artifact, images, read, seed=options.seed, registry=registry)
+    # Of a cluster's machines each takes its own copy to its device.
+    here = replace(read, device="cpu") if options.engine else read
+    loaded = load_model(artifact, images, here, seed=options.seed, registry=registry)
     journal = kept.journal() if kept else None
     try:
         run = scan_model(

@@ -22,6 +22,7 @@ DETECTORS = [plugin.component for plugin in installed().of_kind("detector")]
 DEFAULT = sorted((c for c in DETECTORS if c.default), key=lambda component: (component.cost, component.id))
 
 BRIEF = {
+    "confirmation": {"suspects": 2},
     "gangsweep": {"steps": 3},
     "label-mapping": {"free_steps": 5, "steps": 10},
     "source-pairs": {"steps": 5},
@@ -50,6 +51,19 @@ def detect(detector: Detector, classifier, images, **options) -> Judgement:
 @pytest.mark.parametrize("component", DETECTORS, ids=lambda component: component.id)
 def test_keeps_the_contract(component):
     check_detector(component, BRIEF.get(component.id), AFTER.get(component.id, ()))
+
+
+@pytest.mark.parametrize("component", DETECTORS, ids=lambda component: component.id)
+def test_examines_a_network_where_its_weights_are(component):
+    # Tensors of another precision do not mix, as those of another device do not.
+    judgements = []
+    for move in (torch.nn.Module.float, torch.nn.Module.double):
+        classifier, images, _ = planted(2, classes=5, blocks=3, count=60)
+        move(classifier)
+        judgements.append(detect(component.configured(BRIEF.get(component.id, {})), classifier, images))
+    here, there = judgements
+    assert here.ranking == there.ranking
+    assert [f.target_label for f in here.findings] == [f.target_label for f in there.findings]
 
 
 @pytest.mark.parametrize("component", DEFAULT, ids=lambda component: component.id)

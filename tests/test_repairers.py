@@ -9,10 +9,11 @@ from backdoorscan_plugins.fine_pruning import Prune
 from backdoorscan import graph
 from backdoorscan.classifier import logits, to_tensor
 from backdoorscan.errors import UnknownNameError, UsageError
+from backdoorscan.findings import Finding
 from backdoorscan.ops.metrics import accuracy, attack_success_rate
 from backdoorscan.plugin.method import Context
 from backdoorscan.plugin.repairer import Candidate, Repairer
-from backdoorscan.plugin.testing import ContractError, check_repairer
+from backdoorscan.plugin.testing import ContractError, check_repairer, planted
 from backdoorscan.registry import installed
 
 QUICK = {
@@ -29,6 +30,18 @@ REPAIRERS = [plugin.component for plugin in installed().of_kind("repairer")]
 @pytest.mark.parametrize("component", REPAIRERS, ids=lambda component: component.id)
 def test_keeps_the_contract(component):
     check_repairer(component, QUICK.get(component.id))
+
+
+@pytest.mark.parametrize("component", REPAIRERS, ids=lambda component: component.id)
+def test_repairs_a_network_where_its_weights_are(component):
+    # Tensors of another precision do not mix, as those of another device do not.
+    classifier, images, trigger = planted(2, classes=5, blocks=3, count=60)
+    classifier.double()
+    repairer = component.configured(QUICK.get(component.id, {}))
+    findings = [Finding(target_label=2, p_value=0.0, score=9.0, trigger=trigger)]
+    for candidate in repairer.repair(classifier, images, findings, Context()):
+        assert {weights.dtype for weights in candidate.classifier.parameters()} == {torch.float64}
+        assert logits(candidate.classifier, to_tensor(images.pixels)).dtype == torch.float32
 
 
 @pytest.fixture

@@ -110,6 +110,15 @@ Std: TypeAlias = Annotated[
 Layout: TypeAlias = Annotated[
     str | None, typer.Option(metavar="NCHW|NHWC", help="Axis order of the model's input.", rich_help_panel=FEEDING)
 ]
+Device: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        metavar="cpu|cuda|mps|xpu",
+        envvar="BACKDOORSCAN_DEVICE",
+        help="Where the network computes; cuda:1 is the second GPU. [default: cpu]",
+        rich_help_panel=RUNNING,
+    ),
+]
 Seed: TypeAlias = Annotated[
     int | None,
     typer.Option(
@@ -163,6 +172,7 @@ def read_options(
     layout: str | None,
     input_shape: str | None = None,
     trust: bool = False,
+    device: str | None = None,
 ) -> ReadOptions:
     """What the user said about the model file.
 
@@ -184,6 +194,7 @@ def read_options(
         layout=layout and layout.upper(),
         input_shape=None if input_shape is None else _shape(input_shape),
         trust=trust,
+        device=device or "cpu",
     )
     _ = options.pinned  # complain about impossible values before any work
     return options

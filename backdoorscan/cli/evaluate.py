@@ -24,6 +24,7 @@ def evaluate(
     layout: shared.Layout = None,
     seed: shared.Seed = None,
     threads: shared.Threads = 1,
+    device: shared.Device = None,
     format: shared.Format = None,
     output: shared.Output = None,
 ) -> None:
@@ -37,8 +38,9 @@ def evaluate(
 
     terminal: Terminal = context.obj
     terminal.check_formats(format, output, EvaluationReport)
-    read = shared.read_options(arch, input_range, mean, std, layout, trust=trust)
-    seed = seed if seed is not None else shared.settings(terminal.config).seed or 0
+    config = shared.settings(terminal.config)
+    read = shared.read_options(arch, input_range, mean, std, layout, trust=trust, device=device or config.device)
+    seed = seed if seed is not None else config.seed or 0
     shared.use_threads(threads)
     with terminal.watching() as observer:
         observer("measuring", 0.0)

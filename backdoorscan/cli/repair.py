@@ -90,6 +90,7 @@ def repair(
     layout: shared.Layout = None,
     seed: shared.Seed = None,
     threads: shared.Threads = 1,
+    device: shared.Device = None,
     format: shared.Format = None,
     report_output: Annotated[
         Path | None,
@@ -119,7 +120,7 @@ def repair(
     terminal: Terminal = context.obj
     terminal.check_formats(format, report_output, RepairReport)
     config = shared.settings(terminal.config)
-    read = shared.read_options(arch, input_range, mean, std, layout, trust=trust)
+    read = shared.read_options(arch, input_range, mean, std, layout, trust=trust, device=device or config.device)
     seed = seed if seed is not None else config.seed or 0
     settings = shared.method_options(option, {key: value for key, value in config.methods.items() if key == method})
     shortcuts: dict[str, Any] = {"drop": drop, "channels": channels, "layer": layer}

@@ -87,6 +87,7 @@ def scan(
             rich_help_panel=shared.RUNNING,
         ),
     ] = None,
+    device: shared.Device = None,
     engine: Annotated[
         str | None,
         typer.Option(
@@ -217,7 +218,7 @@ def scan(
     scanning.plan_detectors(options, installed())  # complain about unknown names before any work
     known = manifests.Entry(
         file=Path(),
-        read=shared.read_options(arch, input_range, mean, std, layout, input_shape, trust),
+        read=shared.read_options(arch, input_range, mean, std, layout, input_shape, trust, device or config.device),
         labels=options.labels,
         alpha=options.alpha,
         fail_on=policy.FailOn.named(_first(fail_on, config.fail_on, policy.DEFAULT_FAIL_ON)),
@@ -240,7 +241,8 @@ def scan(
         tell=terminal.say,
     )
     limit, valid = limit or config.limit, valid or config.valid
-    elsewhere = named(_first(engine, config.engine, "local"), ray_address or config.ray_address)
+    chosen_engine, address = _first(engine, config.engine, "local"), ray_address or config.ray_address
+    elsewhere = named(chosen_engine, address, known.read.device)
     options = replace(options, engine=elsewhere)  # last, for a cluster may have to be started
     try:
         with terminal.watching() as observer:

@@ -50,13 +50,14 @@ class Engine(Protocol):
         """Do the tasks, each of which is taken when there is room for it: see ``engine.crew.spread``."""
 
 
-def named(name: str, address: str | None = None) -> Engine | None:
+def named(name: str, address: str | None = None, device: str = "cpu") -> Engine | None:
     """The engine of this name; ``None`` is this machine.
 
     Args:
         name: One of ``ENGINES``.
         address: Of a Ray cluster; ``None`` for ``RAY_ADDRESS``, else the cluster that this machine is part of, else a
             new one of this machine alone.
+        device: Where networks compute there.
 
     Raises:
         UsageError: There is no such engine, it is not installed, or nothing answers at the address.
@@ -73,4 +74,4 @@ def named(name: str, address: str | None = None) -> Engine | None:
         raise UsageError(
             "--engine ray needs Ray.", why=str(error), hint="Install it: pip install 'backdoorscan[ray]'"
         ) from error
-    return Cluster(address)
+    return Cluster(address, device)

@@ -28,6 +28,7 @@ from backdoorscan.engine.crew import Died, Say
 from backdoorscan.engine.packing import PackedClassifier, pack
 from backdoorscan.errors import BackdoorscanError, MethodError, UsageError
 from backdoorscan.findings import Evidence, Unit
+from backdoorscan.formats.devices import find_device
 from backdoorscan.images import LabelledImages
 from backdoorscan.plugin.detector import Detector
 from backdoorscan.plugin.method import Context
@@ -43,7 +44,10 @@ _LOOK_EVERY = 0.25
 """Seconds between two looks at the deadline."""
 
 _AHEAD = 2
-"""Pieces of work handed out for each core of the cluster: one in work, one ready."""
+"""Pieces of work handed out for each core, or part of a GPU, of the cluster: one in work, one ready."""
+
+_GPU_SHARE = 0.25
+"""Of a GPU, for a piece of work: small networks alone do not fill one."""
 
 _SAME = "Install the same packages, plugins included, on every node."
 
@@ -81,14 +85,17 @@ class Cluster:
     Args:
         address: The cluster's; ``None`` for ``RAY_ADDRESS``, else the one that this machine is part of, else a new one
             of this machine alone, which ends with this process. If this process is connected already, that one.
+        device: Where networks compute: on anything but ``cpu``, pieces of work take a part of a node's GPU each.
 
     Raises:
         UsageError: Nothing answers at the address, or a cluster of other versions.
     """
 
-    def __init__(self, address: str | None = None) -> None:
+    def __init__(self, address: str | None = None, device: str = "cpu") -> None:
         self.cpu_seconds = 0.0
-        self._do = ray.remote(num_cpus=1)(_do)
+        self._device = device
+        self._resource, self._share = ("CPU", 1.0) if device == "cpu" else ("GPU", _GPU_SHARE)
+        self._do = ray.remote(num_cpus=1, num_gpus=0 if device == "cpu" else _GPU_SHARE)(_do)
         self._placed: tuple[Classifier, LabelledImages | None, Any] | None = None
         if not ray.is_initialized():
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -132,7 +139,7 @@ class Cluster:
         keep_deadline()
         place = self._place(classifier, images)
         told = ray.put((detector, replace(context, progress=Context().progress, deadline=None)))
-        calls = ((_examine, place, told, unit) for unit in units)
+        calls = ((_examine, place, told, unit, self._device) for unit in units)
         for count, (number, answer) in enumerate(self._answers(calls, keep_deadline), start=1):
             unit = units[number]
             if isinstance(answer, Died):
@@ -186,7 +193,8 @@ class Cluster:
         coming, waiting = enumerate(calls), dict[Any, int]()
         try:
             while True:
-                room = _AHEAD * max(1, int(ray.cluster_resources().get("CPU", 0)))  # nodes come and go
+                found = ray.cluster_resources().get(self._resource, 0)  # nodes come and go
+                room = _AHEAD * max(1, int(found / self._share))
                 for number, call in islice(coming, max(0, room - len(waiting))):
                     waiting[remote.remote(expected, *call)] = number
                 if not waiting:
@@ -244,10 +252,10 @@ def _told(found: dict[str, str]) -> str:
 
 
 def _examine(
-    place: tuple[PackedClassifier, LabelledImages | None], told: tuple[Detector, Context], unit: Unit
+    place: tuple[PackedClassifier, LabelledImages | None], told: tuple[Detector, Context], unit: Unit, device: str
 ) -> Evidence:
     (packed, images), (detector, context) = place, told
-    return local.examined(detector, unit, packed.unpack(), images, context)
+    return local.examined(detector, unit, packed.unpack().to(find_device(device)), images, context)
 
 
 def _listen(work: Callable[[Any, Any, Say], Any], shared: Any, task: Any) -> tuple[Any, list[Any]]:

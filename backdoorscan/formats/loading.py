@@ -23,6 +23,7 @@ from backdoorscan.errors import (
     UsageError,
 )
 from backdoorscan.formats import convention as conventions
+from backdoorscan.formats.devices import find_device
 from backdoorscan.formats.trusted.converting import OFFER, Known, converter_of
 from backdoorscan.formats.trusted.loader import Converted
 from backdoorscan.formats.weights.loader import WeightsLoader
@@ -43,6 +44,7 @@ class ReadOptions:
         layout: ``--layout``: NCHW or NHWC.
         input_shape: ``--input-shape``: (C, H, W) of an image, where there are no images to tell and the file does not.
         trust: ``--trust``: whether what cannot be read as data is converted in a sandbox, where it runs code.
+        device: ``--device``: where the network computes.
     """
 
     arch: str | None = None
@@ -52,6 +54,7 @@ class ReadOptions:
     layout: str | None = None
     input_shape: tuple[int, int, int] | None = None
     trust: bool = False
+    device: str = "cpu"
 
     @property
     def pinned(self) -> InputConvention | None:
@@ -180,6 +183,7 @@ def load_model(
         ArtifactError: The file cannot be read.
         ImagesError: The images do not fit the network.
         ConventionError: No way to feed the images makes the network better than guessing.
+        UsageError: An option does not fit, or the device is missing.
     """
     options = options or ReadOptions()
     pinned = options.pinned
@@ -199,7 +203,7 @@ def load_model(
             raise UsageError(f"{name} has {len(values)} values.", why=f"The images have {channels} channels.")
 
     classifier = Classifier(
-        network,
+        network.to(find_device(options.device)),
         input_shape=images.shape,
         native_shape=native_shape,
         num_classes=0,
@@ -241,6 +245,8 @@ def load_model(
     }
     if given is None and pinned is None and described is None:
         classifier.details["input_range_assumed"] = True
+    if options.device != "cpu":
+        classifier.details["device"] = options.device
     return LoadedModel(artifact, loader, classifier, options)
 
 

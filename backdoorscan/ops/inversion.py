@@ -115,7 +115,6 @@ def invert(
     Raises:
         ValueError: A target has no image of another class.
     """
-    device = images.device
     rows = torch.tensor(targets).repeat_interleave(schedule.restarts)
     chosen_images = [labels == source for source in sources] or [labels != target for target in targets]
     pools = [mask.nonzero().flatten() for mask in chosen_images]
@@ -134,7 +133,7 @@ def invert(
         # Short of 0 and 1, where a sigmoid has no slope left.
         mask_raw = torch.stack([start.mask for start in starts]).logit(eps=0.01)
         pattern_raw = torch.stack([start.pattern for start in starts]).logit(eps=0.01)
-    mask_raw, pattern_raw = mask_raw.to(device).requires_grad_(), pattern_raw.to(device).requires_grad_()
+    mask_raw, pattern_raw = mask_raw.requires_grad_(), pattern_raw.requires_grad_()
     descent = Descent([mask_raw, pattern_raw], schedule.learning_rate)
 
     state = CostState(len(rows), schedule)
@@ -160,18 +159,18 @@ def invert(
                 logits = classifier(stamped.flatten(0, 1))
                 wanted = labels[chosen]
                 wanted[:, : schedule.batch_size] = aims[:, None]
-                wanted = wanted.flatten().to(device)
+                wanted = wanted.flatten()
                 entropies = functional.cross_entropy(logits, wanted, reduction="none").view(-1, per_row)
                 entropy = entropies[:, : schedule.batch_size].mean(1)
                 if bystanders:
                     entropy = entropy + entropies[:, schedule.batch_size :].mean(1)
                 size = mask.flatten(1).sum(1)
-                descent.step((entropy + state.cost[active].to(device) * size).sum())
-                loss += entropy.detach().cpu() / schedule.batches
+                descent.step((entropy + state.cost[active] * size).sum())
+                loss += entropy.detach() / schedule.batches
                 right = (logits.argmax(1) == wanted).float().view(-1, per_row)
-                hits += right.mean(1).cpu() / schedule.batches
+                hits += right.mean(1) / schedule.batches
                 gradient_samples += len(wanted)
-            l1 = size.detach().cpu()
+            l1 = size.detach()
             improved = active[state.update(active, hits, l1)]
             with torch.no_grad():
                 kept = torch.isin(active, improved)
@@ -190,7 +189,7 @@ def invert(
         used = int(torch.isfinite(losses[:, row]).sum())
         results.append(
             Inversion(
-                trigger=Trigger(masks[row].detach().cpu().clone(), patterns[row].detach().cpu().clone(), target),
+                trigger=Trigger(masks[row].detach().clone(), patterns[row].detach().clone(), target),
                 succeeded=succeeded,
                 steps=used,
                 loss=losses[:used, row].tolist(),

@@ -95,11 +95,12 @@ def grow_head(classifier: Classifier) -> tuple[Classifier, str]:
 
 def _grown(head: nn.Module | None) -> nn.Linear | nn.Conv2d | None:
     """A head with one row more, or ``None`` for a layer that is no head."""
+    like = {"device": head.weight.device, "dtype": head.weight.dtype} if isinstance(head, nn.Linear | nn.Conv2d) else {}
     if isinstance(head, nn.Linear):
-        grown: nn.Linear | nn.Conv2d = nn.utils.skip_init(nn.Linear, head.in_features, head.out_features + 1)
+        grown: nn.Linear | nn.Conv2d = nn.utils.skip_init(nn.Linear, head.in_features, head.out_features + 1, **like)
     elif isinstance(head, nn.Conv2d) and head.kernel_size == (1, 1) and head.groups == 1:
         grown = nn.utils.skip_init(
-            nn.Conv2d, head.in_channels, head.out_channels + 1, 1, stride=head.stride, padding=head.padding
+            nn.Conv2d, head.in_channels, head.out_channels + 1, 1, stride=head.stride, padding=head.padding, **like
         )
     else:
         return None

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from backdoorscan import graph
-from backdoorscan.classifier import Classifier, logits
+from backdoorscan.classifier import Classifier, here, logits
 from backdoorscan.ops.metrics import attack_success_rate
 from backdoorscan.trigger import Trigger
 
@@ -73,7 +73,8 @@ def head_features_and_scores(classifier: Classifier, images: Tensor) -> tuple[Te
     features, scores = [], []
     for part in images.split(256):
         values = front(classifier.native(part))
-        features.append(values[0].mean((2, 3)) if values[0].ndim == 4 else values[0].flatten(1))
+        first = here(values[0])
+        features.append(first.mean((2, 3)) if first.ndim == 4 else first.flatten(1))
         scores.append(classifier.class_scores(rest(*values)))
     return torch.cat(features), torch.cat(scores)
 

@@ -52,24 +52,22 @@ def make_images(
     labels = chosen.repeat(max(1, COUNT // classes))
     channels, height, width = classifier.input_shape
     coarse = (math.ceil(height / _COARSENESS), math.ceil(width / _COARSENESS))
-    device = next((parameter.device for parameter in classifier.parameters()), torch.device("cpu"))
-    raw = torch.randn(len(labels), channels, *coarse, generator=generator).to(device).requires_grad_()
+    raw = torch.randn(len(labels), channels, *coarse, generator=generator).requires_grad_()
     descent = Descent([raw], _LEARNING_RATE, betas=(0.9, 0.999))
-    aims = labels.to(device)
     with frozen(classifier):
         for step in range(_STEPS):
             images = _grown(raw, (height, width))
-            loss = functional.cross_entropy(classifier(images), aims, reduction="sum")
+            loss = functional.cross_entropy(classifier(images), labels, reduction="sum")
             descent.step(loss + _SMOOTHNESS * _total_variation(images))
             progress((step + 1) / _STEPS)
     with torch.no_grad():
         made = _grown(raw, (height, width))
         usable = made.isfinite().flatten(1).all(1)  # a network may overflow where gradients lead
-        right = (usable & (logits(classifier, made).argmax(1) == aims)).cpu()
+        right = usable & (logits(classifier, made).argmax(1) == labels)
     samples = _STEPS * len(labels)
     if not bool(right.any()):
         return None, samples
-    pixels = made.cpu()[right].numpy().astype(np.float32)
+    pixels = made[right].numpy().astype(np.float32)
     return LabelledImages(pixels, labels[right].numpy().astype(np.int64), SOURCE), samples
 
 

@@ -181,7 +181,6 @@ class Context:
 
     Attributes:
         seed: The run's seed. Methods draw random numbers only from ``generator``.
-        device: Where to compute.
         labels: The labels to examine, or ``None`` for all.
         progress: Takes the part done, 0 to 1; costs nothing when nobody looks.
         poisoned: Known poisoned images, for repairs that learn from them, or ``None``.
@@ -190,7 +189,6 @@ class Context:
     """
 
     seed: int = 0
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     labels: tuple[int, ...] | None = None
     progress: Callable[[float], None] = _ignore
     poisoned: LabelledImages | None = None

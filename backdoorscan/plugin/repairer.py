@@ -60,7 +60,7 @@ class Repairer(Method, ABC):
             classifier: The network B.
             images: Clean labelled images.
             findings: Suspected backdoors with their reversed triggers; may be empty.
-            context: Seed, device, progress.
+            context: Seed, progress.
 
         Returns:
             At least one candidate, mildest first.

@@ -13,7 +13,7 @@ from scipy import stats
 from torch import Tensor
 
 from backdoorscan import graph, hookimpl
-from backdoorscan.classifier import Classifier, to_tensor
+from backdoorscan.classifier import Classifier, here, to_tensor
 from backdoorscan.errors import MethodError, UnsupportedModelError
 from backdoorscan.findings import Evidence, Finding, Judgement, Unit
 from backdoorscan.images import LabelledImages
@@ -127,8 +127,8 @@ def _head(classifier: Classifier) -> tuple[Tensor, Tensor] | None:
         return None
     if not isinstance(head, torch.nn.Linear) or len(head.weight) != classifier.num_classes:
         return None
-    weights = head.weight.detach()
-    return weights, weights.new_zeros(len(weights)) if head.bias is None else head.bias.detach()
+    weights = here(head.weight.detach())
+    return weights, weights.new_zeros(len(weights)) if head.bias is None else here(head.bias.detach())
 
 
 def _rows(values: Tensor, labels: Sequence[int], name: str, *, largest: bool) -> dict[str, Any]:
