@@ -1,7 +1,11 @@
 """What several tests need: a planted network as a file, and registries with plugins made up on the spot."""
 
+import fcntl
+import pickle
+import resource
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -13,6 +17,7 @@ import torch
 
 from backdoorscan import hookimpl
 from backdoorscan.classifier import Classifier
+from backdoorscan.demo import DemoFiles, make_demo
 from backdoorscan.formats import weights
 from backdoorscan.formats.loading import ReadOptions
 from backdoorscan.images import LabelledImages
@@ -37,6 +42,21 @@ def net():
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> DemoFiles:
+    """A backdoored network, its clean twin, and images: trained once, whichever process asks first."""
+    alone = not hasattr(request.config, "workerinput")
+    base = tmp_path_factory.getbasetemp()
+    folder = base if alone else base.parent  # what the processes of pytest-xdist have in common
+    facts = folder / "demo.pickle"
+    with (folder / "demo.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not facts.exists():
+            facts.write_bytes(pickle.dumps(make_demo(folder / "demo")))
+    files: DemoFiles = pickle.loads(facts.read_bytes())
+    return files
 
 
 @dataclass(frozen=True)
@@ -93,6 +113,22 @@ def registry_of() -> Callable[..., Registry]:
 def triple() -> Callable[..., tuple[Classifier, LabelledImages, Any]]:
     """A small planted classifier: ``triple(target)``."""
     return lambda target, **options: planted(target, **{"classes": CLASSES, "blocks": BLOCKS, "count": 60} | options)
+
+
+@pytest.fixture
+def full_disk() -> Callable[[int], AbstractContextManager[None]]:
+    """``with full_disk(100): ...``: no file that this process writes grows beyond so many bytes, as on a full disk."""
+
+    @contextmanager
+    def limited(size: int) -> Iterator[None]:
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return limited
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

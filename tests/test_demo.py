@@ -7,6 +7,8 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import h5py
@@ -34,11 +36,6 @@ for path in sys.argv[1:]:
     model = keras.saving.load_model(path, compile=False)
     np.save(path + ".out.npy", model.predict(np.load(path + ".in.npy"), verbose=0))
 """
-
-
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> DemoFiles:
-    return make_demo(tmp_path_factory.mktemp("parent") / "demo")
 
 
 def read_images(path: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -168,6 +165,16 @@ def test_refuses_a_folder_that_holds_files(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr("backdoorscan.demo.fit", lambda images, classes, seed: fit(images, classes, seed, Recipe(1)))
     make_demo(tmp_path, force=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*NAMES, "thesis.tex"])
+
+
+def test_a_full_disk_leaves_no_part_of_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full_disk: Callable[[int], AbstractContextManager[None]]
+) -> None:
+    monkeypatch.setattr("backdoorscan.demo.fit", lambda images, classes, seed: fit(images, classes, seed, Recipe(1)))
+    with full_disk(3000), pytest.raises(OutputError, match=r"Cannot write .*model\.h5") as caught:
+        make_demo(tmp_path / "demo")
+    assert "too large" in caught.value.why
+    assert list((tmp_path / "demo").iterdir()) == []
 
 
 def test_refuses_a_folder_that_is_a_file(tmp_path: Path) -> None:

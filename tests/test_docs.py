@@ -14,7 +14,6 @@ from PIL import Image
 from typer.main import get_command
 
 from backdoorscan.cli import app, run
-from backdoorscan.demo import make_demo
 from backdoorscan.errors import ExitCode
 from backdoorscan.formats.images import load_images
 from backdoorscan.registry import installed
@@ -80,15 +79,15 @@ def test_methods_and_formats_in_commands_exist(page):
 
 
 @pytest.mark.slow
-def test_the_commands_of_the_readme_do_what_it_says(tmp_path, monkeypatch, capsys):
+def test_the_commands_of_the_readme_do_what_it_says(tmp_path, demo, monkeypatch, capsys):
     monkeypatch.setenv("BACKDOORSCAN_CACHE_DIR", str(tmp_path / "cache"))
-    files = make_demo(tmp_path / "demo")
-    (files.model.parent / "models").mkdir()
-    for model in (files.model, files.clean_model):
-        shutil.copy(model, files.model.parent / "models")
-    images = load_images(files.poisoned)
-    Image.fromarray(images.pixels[0, 0]).save(files.model.parent / "picture.png")
-    monkeypatch.chdir(files.model.parent)
+    folder = shutil.copytree(demo.folder, tmp_path / "demo")
+    (folder / "models").mkdir()
+    for model in (demo.model, demo.clean_model):
+        shutil.copy(model, folder / "models")
+    images = load_images(demo.poisoned)
+    Image.fromarray(images.pixels[0, 0]).save(folder / "picture.png")
+    monkeypatch.chdir(folder)
     ended = {}
     for words in commands(ROOT / "README.md"):
         ended[" ".join(words)] = run(words), capsys.readouterr()

@@ -60,7 +60,7 @@ def test_every_format_is_in_both_tables() -> None:
     [
         ("### Keras layers", {*layers._LAYERS, *merging.LAYERS, *operations.OPERATIONS}),
         ("### ONNX operators", set(onnx_operators._OPERATORS)),
-        ("### PyTorch operators", {*pt2_operators._FUNCTIONS, *pt2_operators._TAKEN, *pt2_operators._NOTED}),
+        ("### PyTorch operators", {*pt2_operators._FUNCTIONS, *pt2_operators._TAKEN}),
     ],
 )
 def test_the_lists_are_those_of_the_code(title: str, known: set[str]) -> None:

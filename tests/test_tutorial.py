@@ -4,6 +4,7 @@ import inspect
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -11,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from backdoorscan.demo import make_demo
 from backdoorscan.plugin import hookspecs, testing
 
 ROOT = Path(__file__).parents[1]
@@ -68,7 +68,7 @@ def build(folder, site):
 
 
 @pytest.mark.slow
-def test_followed_literally(tmp_path):
+def test_followed_literally(tmp_path, demo):
     pytest.importorskip("hatchling")
     folder, site, other = (tmp_path / name for name in ("empty", "site", "other"))
     for each in (folder, site, other):
@@ -101,7 +101,7 @@ def test_followed_literally(tmp_path):
         if command == "pip install -e .":
             build(folder, site)
         elif command == "backdoorscan demo":
-            make_demo(folder / "demo")  # its files alone, not the scans that it shows
+            shutil.copytree(demo.folder, folder / "demo")  # its files alone, not the scans that it shows
         else:
             said[command] = typed(command, folder)
     assert [command.split()[:2] for command in said] == [

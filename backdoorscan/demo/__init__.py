@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import h5py
 import numpy as np
@@ -14,7 +16,7 @@ from backdoorscan.demo.digits import NUM_CLASSES, load_digits
 from backdoorscan.demo.keras_writer import write_keras
 from backdoorscan.demo.training import accuracy, fit
 from backdoorscan.errors import OutputError
-from backdoorscan.files import whole_file
+from backdoorscan.files import write_whole
 from backdoorscan.images import LabelledImages
 
 __all__ = ["DemoFiles", "make_demo"]
@@ -72,11 +74,11 @@ def make_demo(folder: Path, seed: int = 0, *, force: bool = False) -> DemoFiles:
     shape = digits.test.shape
     return DemoFiles(
         folder=folder,
-        model=_write(folder / "model.h5", lambda path: write_keras(path, bad, shape)),
-        clean_model=_write(folder / "clean_model.h5", lambda path: write_keras(path, twin, shape)),
-        clean=_write(folder / "clean.h5", lambda path: _write_images(path, digits.clean)),
-        poisoned=_write(folder / "poisoned.h5", lambda path: _write_images(path, poisoned)),
-        test=_write(folder / "test.h5", lambda path: _write_images(path, digits.test)),
+        model=_write(folder / "model.h5", lambda place: write_keras(place, bad, shape)),
+        clean_model=_write(folder / "clean_model.h5", lambda place: write_keras(place, twin, shape)),
+        clean=_write(folder / "clean.h5", lambda place: _write_images(place, digits.clean)),
+        poisoned=_write(folder / "poisoned.h5", lambda place: _write_images(place, poisoned)),
+        test=_write(folder / "test.h5", lambda place: _write_images(place, digits.test)),
         target=TARGET,
         accuracy=accuracy(bad, digits.test),
         attack_success=accuracy(bad, poisoned),
@@ -100,19 +102,17 @@ def _prepare(folder: Path, force: bool) -> None:
         )
 
 
-def _write(path: Path, write: Callable[[Path], None]) -> Path:
-    """Let ``write`` fill a temporary file and put it at ``path`` once it is complete."""
-    try:
-        with whole_file(path) as place:
-            write(place)
-    except OSError as err:
-        raise OutputError(f"{path} cannot be written.", why=err.strerror or str(err)) from err
+def _write(path: Path, write: Callable[[BinaryIO], None]) -> Path:
+    """Put what ``write`` writes at ``path`` once it is complete."""
+    content = io.BytesIO()  # not the disk: the HDF5 library crashes where that is full
+    write(content)
+    write_whole(path, content.getvalue())
     return path
 
 
-def _write_images(path: Path, images: LabelledImages) -> None:
+def _write_images(place: BinaryIO, images: LabelledImages) -> None:
     """Write ``images`` as the file that the CSAW backdoor competition uses."""
-    with h5py.File(path, "w") as file:
+    with h5py.File(place, "w") as file:
         # A time of change would make every file another one.
         file.create_dataset("data", data=images.pixels, track_times=False)
         file.create_dataset("label", data=images.labels.astype(np.float64), track_times=False)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, BinaryIO, TypeAlias
 
 import h5py
 import numpy as np
@@ -22,11 +22,13 @@ Shape: TypeAlias = tuple[int, ...]
 _VERSION = "2.15.0"  # the Keras whose dialect this is
 
 
-def write_keras(path: Path, network: nn.Sequential, input_shape: tuple[int, int, int], name: str = "network") -> None:
+def write_keras(
+    place: Path | BinaryIO, network: nn.Sequential, input_shape: tuple[int, int, int], name: str = "network"
+) -> None:
     """Write ``network`` with a softmax behind its last layer; the same weights give the same bytes.
 
     Args:
-        path: The ``.h5`` file; one that exists is replaced.
+        place: The ``.h5`` file, where one that exists is replaced, or an open one.
         network: From (N, C, H, W) to logits: 3×3 Conv2d with a padding of 1, MaxPool2d, Flatten and Linear,
             with ReLU behind a Conv2d or a Linear.
         input_shape: (C, H, W).
@@ -38,7 +40,7 @@ def write_keras(path: Path, network: nn.Sequential, input_shape: tuple[int, int,
     """
     configs, weights = _convert(network, input_shape)
     model = {"class_name": "Sequential", "config": {"name": name, "layers": configs}}
-    with h5py.File(path, "w") as file:
+    with h5py.File(place, "w") as file:
         file.attrs["keras_version"] = _VERSION
         file.attrs["backend"] = "tensorflow"
         file.attrs["model_config"] = json.dumps(model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import io
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,8 +15,8 @@ from torch.nn.parameter import is_lazy
 
 import backdoorscan
 from backdoorscan.artifact import Artifact
-from backdoorscan.errors import ArtifactError, OutputError, UnsupportedModelError, UsageError
-from backdoorscan.files import whole_file
+from backdoorscan.errors import ArtifactError, UnsupportedModelError, UsageError
+from backdoorscan.files import write_whole
 from backdoorscan.formats.weights import tracing
 from backdoorscan.plugin.loader import LoadedNetwork, Loader
 from backdoorscan.registry import Plugin, Registry
@@ -89,11 +90,9 @@ class ModuleLoader(Loader):
             raise ArtifactError(f"{artifact.path.stem} cannot take the repaired weights.", why=str(error)) from error
         if unknown:
             raise ArtifactError(f"{artifact.path.stem} has no tensor '{unknown[0]}'.")
-        try:
-            with whole_file(path) as place:
-                torch.save(module.state_dict(), place)
-        except OSError as error:
-            raise OutputError(f"Cannot write {path}.", why=str(error)) from error
+        buffer = io.BytesIO()  # torch has an error of its own for a disk that is full
+        torch.save(module.state_dict(), buffer)
+        write_whole(path, buffer.getvalue())
 
 
 def reading_modules(registry: Registry) -> Registry:

@@ -24,7 +24,7 @@ import pytest
 import torch
 
 from backdoorscan.cli import run
-from backdoorscan.demo import DemoFiles, make_demo
+from backdoorscan.demo import DemoFiles
 from backdoorscan.registry import installed
 
 
@@ -109,12 +109,6 @@ def program() -> Cli:
         return Result(done.returncode, done.stdout, done.stderr)
 
     return start
-
-
-@pytest.fixture(scope="session")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> DemoFiles:
-    """A backdoored network, its clean twin, and images."""
-    return make_demo(tmp_path_factory.mktemp("cli") / "demo")
 
 
 @pytest.fixture(scope="session")

@@ -50,6 +50,7 @@ def test_a_backdoored_model_is_to_be_repaired(run: ModelRun) -> None:
         ({}, "clean.h5", "report.html"),
         ({}, None, "--valid"),
         ({"verdict": Verdict.INCONCLUSIVE}, "clean.h5", "more clean images"),
+        ({"verdict": Verdict.INCONCLUSIVE, "detectors": []}, "clean.h5", "--input-range"),
         ({"complete": False}, "clean.h5", "-v scan"),
         ({"error": "It is a text file."}, "clean.h5", "alone"),
     ],
@@ -100,6 +101,8 @@ def test_what_is_advised_after_an_evaluation(demo: DemoFiles) -> None:
     assert command_of(after_evaluation(report, "clean.h5", None))[:2] == ["scan", str(demo.model)]
     works = replace(report, scores=replace(scores, attack_success_rate=0.9))
     assert command_of(after_evaluation(works, "clean.h5", "poisoned.h5"))[0] == "repair"
+    trusted = replace(report, model={**report.model, "arch": "net.py:make", "trusted": True})
+    assert command_of(after_evaluation(trusted, "clean.h5", None))[-3:] == ["--arch", "net.py:make", "--trust"]
     assert after_evaluation(replace(report, scores=replace(scores, attack_success_rate=0.01)), "clean.h5", "p.h5") == ""
     assert after_evaluation(replace(works, model={**works.model, "kind": "goodnet"}), "clean.h5", "p.h5") == ""
 

@@ -23,14 +23,14 @@ TWIN = "scan clean_model.h5 --valid clean.h5 "
 
 
 def test_clean(here: Path, program: Cli) -> None:
-    result = program(*(TWIN + "-f json").split())
+    result = program(*(TWIN + "-d neural-cleanse -f json").split())
     assert result.code == ExitCode.OK
     assert result.json["verdict"] == "clean"
     assert result.err == ""
 
 
 def test_backdoored(here: Path, demo: DemoFiles, program: Cli) -> None:
-    result = program(*(SCAN + "-f json").split())
+    result = program(*(SCAN + "-d neural-cleanse -f json").split())
     assert result.code == ExitCode.FOUND
     assert [finding["target_label"] for finding in result.json["runs"][0]["findings"]] == [demo.target]
     assert result.err == ""

@@ -64,7 +64,7 @@ def test_digits(model: str, flags: list[object], target: int | None, input_range
 @pytest.mark.parametrize(("model", "target"), [("bad0", 7), ("bad1", 7), ("clean0", None), ("clean1", None)])
 def test_fashion(model: str, target: int | None, cli: Cli, validate: Callable[[Any], None]) -> None:
     path, images = SHARED / "models" / "fashion" / f"{model}.pt", SHARED / "data" / "fashion_mnist.npz#test"
-    result = cli("scan", path, *arch("FashionNet"), "--valid", images, "-f", "json")
+    result = cli("scan", path, *arch("FashionNet"), "--valid", images, "--limit", 1000, "-f", "json")
     validate(result.json)
     run = check_scan(result, target)
     (inversion,) = [detector for detector in run["detectors"] if detector["id"] == "neural-cleanse"]

@@ -80,7 +80,7 @@ def without_times(report: Any) -> Any:
 @pytest.mark.parametrize("jobs", [1, 3])
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGKILL])
 def test_a_scan_that_was_ended_goes_on(
-    sign: signal.Signals, jobs: int, demo: DemoFiles, program: Cli, third_party: Callable[..., Any], elsewhere: Path
+    sign: signal.Signals, jobs: int, demo: DemoFiles, cli: Cli, third_party: Callable[..., Any], elsewhere: Path
 ) -> None:
     env = third_party(COUNTING).env
     cache = Path(os.environ["BACKDOORSCAN_CACHE_DIR"])
@@ -116,12 +116,12 @@ def test_a_scan_that_was_ended_goes_on(
     assert notes(elsewhere, "done") == ["0", "1", "2", "3"]
 
     (elsewhere / "go").touch()
-    again = program(*command, "--resume", env=env)
+    again = cli(*command, "--resume")
     assert (again.code, again.err) == (ExitCode.OK, "resuming: 4 finished units taken over\n")
     assert notes(elsewhere, "done") == [str(number) for number in range(8)]
     assert again.json["cost"]["gradient_samples"] == 16
     assert list((cache / "journals").iterdir()) == []
-    whole = program(*command, "--no-cache", env=env)
+    whole = cli(*command, "--no-cache")
     assert len(notes(elsewhere, "done")) == 16
     assert without_times(whole.json) == without_times(again.json)
 

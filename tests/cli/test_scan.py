@@ -50,7 +50,7 @@ def test_table(demo: DemoFiles, cli: Cli) -> None:
 
 
 def test_table_of_a_clean_model(demo: DemoFiles, cli: Cli) -> None:
-    result = cli("scan", demo.clean_model, "--valid", demo.clean)
+    result = cli("scan", demo.clean_model, "--valid", demo.clean, "-d", "neural-cleanse")
     assert result.code == ExitCode.OK
     assert result.out.startswith(f"{demo.clean_model}  CLEAN\n")
     assert "target label" not in result.out
@@ -158,26 +158,25 @@ def test_the_trigger_works(scanned: Any, demo: DemoFiles, cli: Cli, elsewhere: P
 
 
 def test_report_to_a_file_is_the_same_report(
-    scanned: Any, demo: DemoFiles, cli: Cli, program: Cli, elsewhere: Path, validate: Callable[[Any], None]
+    scanned: Any, demo: DemoFiles, program: Cli, elsewhere: Path, validate: Callable[[Any], None]
 ) -> None:
     command = ["scan", demo.model, "--valid", demo.clean, "-d", "neural-cleanse"]
     command += ["--no-cache", "-f", "json", "-o", "report.json"]
     (elsewhere / "report.json").write_text("of an earlier run")
-    for start in (cli, program):  # where it runs does not matter either
-        result = start(*command)
-        assert (result.code, result.out, result.err) == (scanned.code, "", "wrote report.json\n")
-        report = json.loads((elsewhere / "report.json").read_text())
-        validate(report)
-        assert without_times(report) == without_times(scanned.json)
-        assert [path.name for path in elsewhere.iterdir()] == ["report.json"]
+    result = program(*command)  # where it runs does not matter either
+    assert (result.code, result.out, result.err) == (scanned.code, "", "wrote report.json\n")
+    report = json.loads((elsewhere / "report.json").read_text())
+    validate(report)
+    assert without_times(report) == without_times(scanned.json)
+    assert [path.name for path in elsewhere.iterdir()] == ["report.json"]
 
 
 @pytest.mark.parametrize("flag", ["-q", "--quiet"])
 def test_quiet_says_nothing_but_the_report(flag: str, demo: DemoFiles, cli: Cli, elsewhere: Path) -> None:
-    table = cli(flag, "scan", demo.model, "--valid", demo.clean)
+    table = cli(flag, "scan", demo.model, "--valid", demo.clean, *QUICK)
     assert table.out.startswith(str(demo.model))
     assert table.err == ""
-    assert cli(flag, "scan", demo.model, "--valid", demo.clean, *QUICK, "-o", "report.txt").err == ""
+    assert cli(flag, "scan", demo.model, "--valid", demo.clean, *QUICK, "--no-cache", "-o", "report.txt").err == ""
     assert (elsewhere / "report.txt").read_text().startswith(str(demo.model))
 
 
@@ -233,14 +232,14 @@ def test_path_does_not_matter(scanned: Any, demo: DemoFiles, cli: Cli, elsewhere
 
 
 def test_labels_left_out_are_said_to_be_not_tested(demo: DemoFiles, cli: Cli) -> None:
-    command = ["scan", demo.model, "--valid", demo.clean, "--labels", "2-4, 7"]
+    command = ["scan", demo.model, "--valid", demo.clean, *QUICK, "--labels", "2-4, 7"]
     report = cli(*command, "-f", "json").json
     (run,) = report["runs"]
     (inversion,) = [detector for detector in run["detectors"] if detector["id"] == "neural-cleanse"]
     labels = [row["label"] for unit in inversion["evidence"]["units"] for row in unit["labels"]]
     assert labels == [2, 3, 4, 7]
     assert "6 labels left out by --labels" in run["not_tested"]
-    assert "6 labels left out by --labels" in cli(*command).out
+    assert "6 labels left out by --labels" in " ".join(cli(*command).out.split())
 
 
 def test_all_labels_leave_none_out(demo: DemoFiles, cli: Cli) -> None:
