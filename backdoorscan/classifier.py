@@ -16,6 +16,9 @@ from torch import Tensor, fx, nn
 from backdoorscan import graph
 from backdoorscan.errors import UnsupportedModelError
 
+_PIXELS_AT_ONCE = 2**18
+"""Of all images together, on a CPU: what more of them leave behind leaves its caches, at 1.4 times the time."""
+
 
 @dataclass(frozen=True)
 class InputConvention:
@@ -108,10 +111,9 @@ class Classifier(nn.Module):
     def native(self, pixels: Tensor) -> Tensor:
         """What the network itself takes for images (N, C, H, W) in [0, 1]: shape ``(N, *native_shape)``."""
         inputs = self.convention.apply(pixels)
-        for weights in chain(self.network.parameters(), self.network.buffers()):
-            if weights.is_floating_point():
-                inputs = inputs.to(weights)
-                break
+        weights = self._weights
+        if weights is not None:
+            inputs = inputs.to(weights)
         if len(self.native_shape) == 3:
             return inputs.contiguous(memory_format=self.memory_format)
         if self.convention.layout == "NHWC":
@@ -120,7 +122,10 @@ class Classifier(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Logits (N, K) of images (N, C, H, W) in [0, 1]."""
-        return self.from_native(self.native(pixels))
+        weights, (_, height, width) = self._weights, self.input_shape
+        on_cpu = weights is None or weights.device.type == "cpu"
+        parts = pixels.split(max(1, _PIXELS_AT_ONCE // (height * width))) if on_cpu else (pixels,)
+        return torch.cat([self.from_native(self.native(part)) for part in parts])
 
     def from_native(self, inputs: Tensor) -> Tensor:
         """Logits (N, K) of inputs ``(N, *native_shape)`` in the network's own units."""
@@ -130,6 +135,12 @@ class Classifier(nn.Module):
         """Logits (N, K) from what ``network``, or the end of it, returned."""
         scores = here(output).flatten(1)
         return torch.cat([torch.zeros_like(scores), scores], dim=1) if self.binary else scores
+
+    @property
+    def _weights(self) -> Tensor | None:
+        """Some of the network's numbers, on its device and in its precision."""
+        tensors = chain(self.network.parameters(), self.network.buffers())
+        return next((weights for weights in tensors if weights.is_floating_point()), None)
 
     @property
     def graph_module(self) -> fx.GraphModule:

@@ -32,6 +32,9 @@ _AT_A_TIME = 10
 _TRIGGER_SUCCESS = 0.8
 """Success on held-out images from which a perturbation passes for a trigger that can be stamped."""
 
+_TRIED = 100
+"""Images on which a trigger is made strong enough."""
+
 _PRIOR = Spread(sd=0.4, weight=10)
 """Standard deviation of the log size over the labels of clean networks, about."""
 
@@ -181,7 +184,7 @@ class UniversalPerturbation(_Perturbations):
         return Additive(rows, classifier.input_shape, generator)
 
     def _trigger(self, found: Found, classifier: Classifier, pixels: torch.Tensor, label: int) -> list[Trigger]:
-        trigger, rate = mean_trigger(classifier, found.parameters, pixels, label, _TRIGGER_SUCCESS)
+        trigger, rate = mean_trigger(classifier, found.parameters, pixels[:_TRIED], label, _TRIGGER_SUCCESS)
         return [trigger] if rate >= _TRIGGER_SUCCESS else []
 
 
