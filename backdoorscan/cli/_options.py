@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 FEEDING = "How the model was fed (found on the clean images unless given)"
 RUNNING = "How it runs"
 REPORT = "The report"
+REPORTERS = "table, json, html, markdown, sarif, junit, cyclonedx"
 
 
 def format_option(formats: str, **settings: Any) -> Any:
@@ -150,7 +151,7 @@ MethodOption: TypeAlias = Annotated[
 ]
 Format: TypeAlias = Annotated[
     list[str] | None,
-    format_option("table, json, html, markdown, sarif, junit, cyclonedx", autocompletion=ids("reporter")),
+    format_option(REPORTERS, autocompletion=ids("reporter")),
 ]
 Output: TypeAlias = Annotated[
     Path | None,

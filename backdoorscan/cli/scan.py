@@ -160,16 +160,7 @@ def scan(
     ] = None,
     format: Annotated[
         list[str] | None,
-        typer.Option(
-            "-f",
-            "--format",
-            metavar="FORMAT[=FILE]",
-            envvar="BACKDOORSCAN_FORMATS",
-            autocompletion=ids("reporter"),
-            help="table, json, html, markdown, sarif, junit, cyclonedx; to stdout or a file; repeatable. "
-            "[default: table]",
-            rich_help_panel=shared.REPORT,
-        ),
+        shared.format_option(shared.REPORTERS, envvar="BACKDOORSCAN_FORMATS", autocompletion=ids("reporter")),
     ] = None,
     output: shared.Output = None,
     save_triggers: Annotated[
