@@ -51,7 +51,10 @@ def after_repair(report: RepairReport, valid: str) -> str:
         chosen = best if best in repaired else repaired[0]
         file = chosen.files[0]
         if report.poisoned is None:
-            command = _command("evaluate", file, "--valid", valid, "--poisoned", "DATA")
+            # A GoodNet, and what a file that was trusted has been converted to, hold their own architecture.
+            whole = chosen.kind == "goodnet" or report.model.get("trusted")
+            reading = () if whole else _reading(report.model)
+            command = _command("evaluate", file, "--valid", valid, "--poisoned", "DATA", *reading)
             return f"next: {command}, if you have poisoned images"
         if chosen.kind == "goodnet" and file.endswith(".onnx"):
             return f"next: {_command('predict', file, 'IMAGE')}"

@@ -80,6 +80,11 @@ def test_what_is_advised_after_a_repair(repaired: Any) -> None:
     assert any(file in after_repair(report, "clean.h5") for row in broken for file in row.files[:1])
     unmeasured = replace(report, poisoned=None)
     assert command_of(after_repair(unmeasured, "clean.h5"))[0] == "evaluate"
+    weights = [replace(best, kind="repaired", scores=replace(best.scores, attack_success_rate=0.0), files=["b.pt"])]
+    of_weights = replace(unmeasured, model={**report.model, "arch": "net.py:make"}, candidates=weights)
+    assert command_of(after_repair(of_weights, "clean.h5").partition(", if")[0])[-2:] == ["--arch", "net.py:make"]
+    goodnet = [replace(weights[0], kind="goodnet", files=["b.goodnet.onnx"])]
+    assert "--arch" not in after_repair(replace(of_weights, candidates=goodnet), "clean.h5")
     stubborn = [replace(best, scores=replace(best.scores, attack_success_rate=0.9))]
     advice = command_of(after_repair(replace(report, candidates=stubborn), "clean.h5"))
     assert advice[-2:] == ["--method", "auto"]
