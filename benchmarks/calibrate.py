@@ -30,6 +30,7 @@ from backdoorscan.bench.data import load_datasets
 from backdoorscan.bench.spec import ModelSpec, plan_zoo
 from backdoorscan.bench.zoo import ZooEntry, train_zoo
 from backdoorscan.findings import Examined
+from backdoorscan.ops.outliers import Null
 from backdoorscan.plugin.detector import run_detector
 from backdoorscan.plugin.method import Context
 from backdoorscan.registry import installed
@@ -162,14 +163,15 @@ def report(records: Sequence[Mapping[str, Any]]) -> None:
     print("\n| figure | mean | sd | weight |\n|---|---|---|---|")
     for at, name in enumerate(FIGURES):
         print(f"| {name} | {mean[at]:.2f} | {sd[at]:.2f} | {weight[at]:.2f} |")
-    print("\n| statistic | clean mean | clean sd | largest |\n|---|---|---|---|")
+    print("\n| statistic | networks | median | upper sd | largest |\n|---|---|---|---|---|")
     statistics = {"confirmation": held_out} | {
         name: [statistic(record) for record in clean]
         for name, statistic in {"label-mapping": mapped, "source-pairs": paired, "warp": warped}.items()
     }
     for name, values in statistics.items():
-        found = np.array([value for value in values if value > -9])
-        print(f"| {name} | {found.mean():.2f} | {found.std(ddof=1):.2f} | {found.max():.2f} |")
+        found = [value for value in values if value > -9]
+        null = null_of(found)
+        print(f"| {name} | {null.count} | {null.mean:.2f} | {null.sd:.2f} | {max(found):.2f} |")
 
 
 def verdicts(
@@ -186,7 +188,7 @@ def verdicts(
 
     def p_value(values: Sequence[float]) -> float:
         tails = [
-            float(stats.t.sf((value - np.mean(null)) / np.std(null, ddof=1), len(null) - 1)) * whole / share
+            null_of(null).p_value(value) * whole / share
             for value, null, share in zip(values, nulls, shares, strict=True)
         ]
         return min(1.0, *tails)
@@ -207,9 +209,16 @@ def verdicts(
 def row(attack: str, detector: str, backdoored: Sequence[float], clean: Sequence[float]) -> None:
     """One line of the table of attacks."""
     area = stats.mannwhitneyu(backdoored, clean).statistic / len(backdoored) / len(clean)
-    null = np.array([value for value in clean if value > -9])
-    p_values = stats.t.sf((np.array(backdoored) - null.mean()) / null.std(ddof=1), len(null) - 1)
+    null = null_of([value for value in clean if value > -9])
+    p_values = np.array([null.p_value(value) for value in backdoored])
     print(f"| {attack} | {len(backdoored)} | {detector} | {area:.3f} | {np.mean(p_values <= 0.0025):.0%} |")
+
+
+def null_of(values: Sequence[float]) -> Null:
+    """The median of clean networks, and how far those above it lie: the ones far below tell nothing of alarms."""
+    found = np.array(values)
+    median = float(np.median(found))
+    return Null(median, float(np.sqrt(np.square(found[found > median] - median).mean())), len(found))
 
 
 if __name__ == "__main__":

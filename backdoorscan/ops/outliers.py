@@ -44,8 +44,31 @@ class Spread:
 
 
 @dataclass(frozen=True)
+class Null:
+    """What a statistic was on networks without a backdoor.
+
+    Attributes:
+        mean: Its mean, or the median where it is skewed.
+        sd: Its standard deviation, or that of its upper half.
+        count: How many values these were taken from.
+    """
+
+    mean: float
+    sd: float
+    count: int
+
+    def score(self, value: float) -> float:
+        """How far a value lies above the mean, in standard deviations."""
+        return (value - self.mean) / self.sd
+
+    def p_value(self, value: float) -> float:
+        """The probability that a network without a backdoor has such a value or a larger one, by Student's t."""
+        return float(stats.t.sf(self.score(value), self.count - 1))
+
+
+@dataclass(frozen=True)
 class SmallOutliers:
-    """The result of ``small_outliers``.
+    """The result of ``small_outliers`` and ``small_finalists``.
 
     Attributes:
         index: Positions of the values that stand out, smallest first; never empty: the first is the smallest value.
@@ -91,6 +114,48 @@ def small_outliers(values: Sequence[float], *, tested: int, level: float, most: 
         rest = _without_large(x[order[removed:]], prior)
         z, tail = _studentised(x[order[removed - 1]], rest, prior)
         rows.append((min(1.0, (tested - removed + 1) * tail), z))
+    return _standing_out(rows, order, level)
+
+
+def small_finalists(finalists: Sequence[float], field: Sequence[float], *, level: float, most: int) -> SmallOutliers:
+    """Test whether the smallest of many values are too small, where only the smallest were measured in full.
+
+    All values being equal and normally distributed, the finalists lie where the normal order statistics say (Blom 1958)
+    and the smallest of them is compared with the mean that the others point to. How far values lie apart is taken
+    from the first, rough measurement of all of them, less those more than 3.5 scaled median absolute deviations away.
+    The p-value is N · P(T > t), as in ``small_outliers``, and so is the test for several.
+
+    Args:
+        finalists: The smallest values, measured in full, on a scale where equal values would be normal; at least 2.
+        field: All N values as first measured, the finalists' among them; at least 2.
+        level: p-value up to which a further value counts as standing out.
+        most: The largest number of values that may stand out.
+
+    Raises:
+        ValueError: Too few values.
+    """
+    x, first = np.asarray(finalists, dtype=float), np.asarray(field, dtype=float)
+    if min(len(x), len(first)) < 2:
+        raise ValueError("too few values to compare")
+    middle = np.median(first)
+    near = first[np.abs(first - middle) <= 3.5 * MAD_TO_SD * np.median(np.abs(first - middle))]
+    spread = max(float(near.std(ddof=1)) if len(near) > 1 else 0.0, _LEAST_SPREAD)
+    order = np.argsort(x, kind="stable")
+    rows = []
+    for removed in range(1, max(1, min(most, len(x) - 3)) + 1):
+        count, rest = len(first) - removed + 1, x[order[removed:]]
+        below = -stats.norm.ppf((np.arange(2, len(rest) + 2) - 0.375) / (count + 0.25)).mean()
+        z = float((rest.mean() - x[order[removed - 1]]) / spread + below)
+        rows.append((min(1.0, count * float(stats.t.sf(z, max(len(near) - 1, 1)))), z))
+    return _standing_out(rows, order, level)
+
+
+_LEAST_SPREAD = 0.2
+"""Of the logarithms of clean labels' sizes: a first measurement may end before they have parted."""
+
+
+def _standing_out(rows: Sequence[tuple[float, float]], order: npt.NDArray[np.intp], level: float) -> SmallOutliers:
+    """As many of the smallest values as are significant together; ``rows`` has p and z of each in turn."""
     last = max((position for position, (p, _) in enumerate(rows) if p <= level), default=0)
     chosen = rows[: last + 1]
     # Values below a significant one are smaller still, so they stand out at least as clearly.

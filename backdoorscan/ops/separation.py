@@ -59,23 +59,35 @@ def separation(
         head: Features (N, D) -> scores (N, K), a head trained anew on clean images.
 
     Returns:
-        ``success``, the part of the images sent to the target; ``second``, how often the true class leads the others
+        ``success``, the part of the images sent to the target; ``least``, that of the class from which it is smallest;
+        ``margin``, by how much the target's score leads the next one, on average, in standard deviations of the scores
+        before; ``second``, how often the true class leads the others
         under the trigger, as a part of how often it does without; ``dispersion``, ln of how much the features still
         differ between images; ``retention``, how much of those differences is the images' own; ``transfer``, the part
         of the images that the new head is sent to the target with.
     """
-    success = float((after.scores.argmax(1) == target).double().mean())
+    sent = (after.scores.argmax(1) == target).double()
+    rival = after.scores[torch.arange(len(labels)), _best_but(after.scores, target)]
+    margin = (after.scores[:, target] - rival).mean() / before.scores.std(correction=0).clamp_min(1e-6)
     second, led = (float((_best_but(one.scores, target) == labels).double().mean()) for one in (after, before))
     a, b = (one.features - one.features.mean(0) for one in (before, after))
     total = a.square().sum().clamp_min(1e-12)
     new = [float((head(one.features).argmax(1) == target).double().mean()) for one in (before, after)]
     return {
-        "success": success,
+        "success": float(sent.mean()),
+        "least": _least(sent, labels),
+        "margin": float(margin),
         "second": second / max(led, 0.01),
         "dispersion": math.log(float(b.square().sum() / total) + 1e-6),
         "retention": float((a * b).sum() / total),
         "transfer": new[1] - new[0],
     }
+
+
+def _least(sent: Tensor, labels: Tensor) -> float:
+    """The smallest success over the classes; where a class has few images, success overall counts like ten of them."""
+    counts, hits = labels.bincount(), labels.bincount(sent)
+    return float(((hits + 10 * sent.mean()) / (counts + 10))[counts > 0].min())
 
 
 def _best_but(scores: Tensor, target: int) -> Tensor:

@@ -16,6 +16,7 @@ from backdoorscan.classifier import Classifier, to_tensor
 from backdoorscan.errors import MethodError
 from backdoorscan.findings import Evidence, Examined, Finding, Judgement, Unit
 from backdoorscan.images import LabelledImages
+from backdoorscan.ops.outliers import Null
 from backdoorscan.ops.separation import retrained_head, seen, separation
 from backdoorscan.plugin.detector import MANY_CLASSES, Detector, split_images
 from backdoorscan.plugin.method import Context, option
@@ -31,18 +32,18 @@ class Confirmation(Detector):
 
     A small trigger alone proves little: networks with batch normalisation have one for every label, and some class is
     always easier than the rest. So for each suspect of Neural Cleanse it asks, on images the trigger was not made
-    from: how small is it, in the image and beside the other labels' (``size``, ``ratio``)? Does the true class stay
-    the second choice under it (``second``), and does a head trained anew on clean images not know it (``transfer``)?
-    How short is the step in feature space (``latent``), and how weak a pattern over the whole image does the same
-    (``pattern_ratio``)?
+    from: how small is it, in the image and beside the other labels' (``size``, ``ratio``)? Does it work from every
+    class, and by a clear lead (``least``, ``margin``)? Does the true class stay the second choice under it
+    (``second``), and does a head trained anew on clean images not know it (``transfer``)? How short is the step in
+    feature space (``latent``), and how weak a pattern over the whole image does the same (``pattern_ratio``)?
 
     The answers are weighed by a logistic regression (docs/benchmarks.md tells how it does on attacks it was not fitted
     on), and the suspect's score is compared with the largest ones of clean networks. That, or the p-value of Neural
     Cleanse itself, whichever is smaller, counts twice.
 
-    With more than 64 classes it takes the p-values of Neural Cleanse and of ``latent-shift`` for the same label
-    together, by Fisher's method. Where it has an answer, it takes the place of the verdicts of Neural Cleanse,
-    ``perturbation`` and ``latent-shift``.
+    With more than 64 classes the p-values of Neural Cleanse and of ``latent-shift`` for the same label together, by
+    Fisher's method, take the place of the score. Where it has an answer, it takes the place of the verdicts of Neural
+    Cleanse, ``perturbation`` and ``latent-shift``.
     """
 
     id = "confirmation"
@@ -105,20 +106,19 @@ class Confirmation(Detector):
 
 
 WEIGHTS: Mapping[str, tuple[float, float, float]] = {
-    "size": (-3.33, 1.03, -1.35),
-    "ratio": (0.96, 0.94, 0.81),
-    "second": (0.71, 0.16, 0.89),
-    "transfer": (0.74, 0.21, -0.69),
-    "latent": (0.19, 0.40, 0.33),
-    "pattern_ratio": (0.47, 0.49, 0.77),
+    "size": (-3.27, 1.02, -1.18),
+    "ratio": (0.93, 0.92, 0.73),
+    "least": (0.71, 0.13, 0.52),
+    "margin": (0.95, 0.36, 0.35),
+    "second": (0.70, 0.16, 0.67),
+    "transfer": (0.73, 0.22, -0.93),
+    "latent": (0.25, 0.58, 0.77),
+    "pattern_ratio": (0.46, 0.50, 0.69),
 }
 """Figure -> its mean and standard deviation over the fitted suspects, and its weight (benchmarks/calibrate.py)."""
 
-_CLEAN = (-1.02, 1.20)
-"""Mean and standard deviation of the largest score of a clean network, by weights fitted without its like."""
-
-_FREEDOM = 39
-"""Degrees of freedom: there were 40 clean networks."""
+_CLEAN = Null(mean=-0.90, sd=1.28, count=60)
+"""The largest score of a clean network, by weights fitted without its like."""
 
 _REFERENCE_CLASSES = 10
 _SPREAD = 0.42
@@ -136,10 +136,11 @@ def _judged(figures: Mapping[str, Any]) -> tuple[float, float]:
     p_values = [max(figures[f"p_{name}"], 1e-300) for name in _TOGETHER if f"p_{name}" in figures]
     if "size" in figures:
         score = suspicion(figures)
-        own = float(stats.t.sf((score - _CLEAN[0]) / _CLEAN[1], _FREEDOM))
-        return score, min(1.0, 2 * min(own, *p_values[:1], 1.0))
-    score = -2 * sum(map(math.log, p_values))  # Fisher 1932
-    return score, float(stats.chi2.sf(score, 2 * len(p_values))) if p_values else 1.0
+        own = _CLEAN.p_value(score)
+    else:
+        score = -2 * sum(map(math.log, p_values))  # Fisher 1932
+        own = float(stats.chi2.sf(score, 2 * len(p_values))) if p_values else 1.0
+    return score, min(1.0, 2 * min(own, *p_values[:1], 1.0))
 
 
 def _p_value(judgement: Judgement, label: int) -> float:

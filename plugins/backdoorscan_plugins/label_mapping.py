@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from scipy import stats
 
 from backdoorscan import hookimpl
 from backdoorscan.classifier import Classifier, logits, to_tensor
@@ -15,14 +14,13 @@ from backdoorscan.errors import MethodError
 from backdoorscan.findings import Evidence, Finding, Judgement, Unit
 from backdoorscan.images import LabelledImages
 from backdoorscan.ops.mapping import MappingSchedule, find_mapping
+from backdoorscan.ops.outliers import Null
 from backdoorscan.plugin.detector import Detector, recognised, split_images
 from backdoorscan.plugin.method import Context, option
 
-_CLEAN = (0.40, 0.21)
-"""Mean and standard deviation of the statistic over clean networks (benchmarks/calibrate.py)."""
-
-_FREEDOM = 39
-"""Degrees of freedom: there were 40 clean networks."""
+_CLEAN = Null(mean=0.41, sd=0.21, count=60)
+"""The statistic of clean networks (benchmarks/calibrate.py). By their own standard deviation, 0.17, the largest of the
+60, 0.87, would be too rare."""
 
 _FEWEST = 3
 """Classes with images from which a mapping can be told from one target."""
@@ -97,9 +95,7 @@ class LabelMapping(Detector):
         figures = dict(evidence[0].figures) if evidence else {}
         if "statistic" not in figures:
             return Judgement(p_value=None, figures=figures, note="Too few images or labels to look for a mapping.")
-        mean, sd = _CLEAN
-        score = (figures["statistic"] - mean) / sd
-        p_value = float(stats.t.sf(score, _FREEDOM))
+        score, p_value = _CLEAN.score(figures["statistic"]), _CLEAN.p_value(figures["statistic"])
         worked = {int(k): v for k, v in figures["success_per_class"].items() if v >= 0.5}
         findings = [
             Finding(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,20 +17,21 @@ from backdoorscan.findings import Evidence, Finding, Judgement, Unit
 from backdoorscan.images import LabelledImages
 from backdoorscan.ops.inversion import Schedule, invert
 from backdoorscan.ops.metrics import attack_success_rate
-from backdoorscan.ops.outliers import Spread, anomaly_index, small_outliers
+from backdoorscan.ops.outliers import Spread, anomaly_index, small_finalists, small_outliers
+from backdoorscan.ops.stamping import needed_opacity
 from backdoorscan.plugin.detector import MANY_CLASSES, Detector, heats, last_round, shortlist, split_images
 from backdoorscan.plugin.method import Context, option
 
 _IMAGES_AT_ONCE = 512
 """Stamped images in one forward pass: more gains nothing on two cores and costs memory."""
 
+_WEAKENED = 200
+"""Images on which the triggers of finalists are made fainter."""
+
 _LIKELY = 10
 """Classes kept of the mean prediction on stamped images."""
 
-_RACE_PRIOR = Spread(sd=0.25, weight=10)
-"""The same for the labels left at the end of a race: the smallest of many lie close together."""
-
-_RACE: Mapping[str, Any] = {
+RACE: Mapping[str, Any] = {
     "restarts": 1,
     "learning_rate": 0.3,
     "init_cost": 1e-2,
@@ -71,7 +73,8 @@ class NeuralCleanse(Detector):
 
     Of more than 64 classes only a shortlist that cheaper detectors made is examined, and random labels beside it, all
     on equal terms: in a race each round keeps the quarter with the smallest triggers and gives them twice the steps.
-    The smallest trigger is then compared with those of the other finalists, the smallest of many themselves.
+    The smallest trigger, as faint as it may be to send half of the images over, is then compared with those of the
+    other finalists, which are the smallest of many themselves.
 
     The defaults batch all labels and take a hundredth of the original's work. The original's schedule:
     steps=1000 batches=31 batch_size=32 restarts=1 learning_rate=0.1 patience=5 cost_multiplier=2 smoothing=0
@@ -118,7 +121,7 @@ class NeuralCleanse(Detector):
         rows = last_round(evidence)
         if not rows or rows[0]["round"] in (0, _ROUNDS):
             return ()
-        best = sorted(rows, key=lambda row: (not row["succeeded"], row["l1"]))[: max(_FINALISTS, len(rows) // 4)]
+        best = sorted(rows, key=_price)[: max(_FINALISTS, len(rows) // 4)]
         triggers = {trigger.target: trigger for part in evidence for trigger in part.triggers}
         labels = [row["label"] for row in best]
         return heats(rows[0]["round"] + 1, labels, [triggers[label] for label in labels])
@@ -137,12 +140,13 @@ class NeuralCleanse(Detector):
             )
         schedule = Schedule(**{name: getattr(self, name) for name in Schedule.__dataclass_fields__})
         if unit.round > 0:
-            schedule = replace(schedule, steps=self.race_steps * 2 ** (unit.round - 1), **_RACE)
+            schedule = replace(schedule, steps=self.race_steps * 2 ** (unit.round - 1), **RACE)
         generator = context.generator(self.id, unit.id)
         results, samples = invert(
             classifier, pixels, labels, unit.labels, schedule, generator, context.progress, unit.starts
         )
         test_pixels, test_labels = to_tensor(held_out.pixels), torch.from_numpy(held_out.labels)
+        final, weakened = unit.round == _ROUNDS, to_tensor(images.pixels)[:_WEAKENED]
         rows = []
         for label, result in zip(unit.labels, results, strict=True):
             stamped = result.trigger.stamp(test_pixels)
@@ -155,6 +159,7 @@ class NeuralCleanse(Detector):
                     "label": label,
                     "round": unit.round,
                     "l1": round(result.trigger.l1, 4),
+                    **({"half_opacity": needed_opacity(classifier, result.trigger, weakened, 0.5)} if final else {}),
                     "succeeded": result.succeeded and (rate is None or rate >= self.held_out_success),
                     "attack_success_rate": rate,
                     "prediction_deviation": round(float((predicted - label).abs().double().mean()), 4),
@@ -184,15 +189,17 @@ class NeuralCleanse(Detector):
             return Judgement(
                 p_value=None, figures=figures, note="A trigger was found for fewer than two labels: nothing to compare."
             )
-        sizes = np.array([max(row["l1"], 1e-3) for row in found])
+        # How much mask brings the last images over is chance; at the end of a race, where little tells, half count.
+        sizes = np.array([max(row["l1"] * (row.get("half_opacity") or 1.0), 1e-3) for row in found])
         indices = anomaly_index(sizes)
-        outliers = small_outliers(
-            np.log(sizes).tolist(),
-            tested=len(rows),
-            level=0.01,
-            most=min(max(1, len(found) // 5), 16),
-            prior=_RACE_PRIOR if rows[0]["round"] else _PRIOR,
-        )
+        logs = np.log(sizes).tolist()
+        if rows[0]["round"]:
+            first = [row for part in evidence for row in part.figures["labels"] if row["round"] == 1]
+            field = [math.log(max(row["l1"], 1e-3)) for row in first]
+            outliers = small_finalists(logs, field, level=0.05, most=max(1, len(found) // 3))
+        else:
+            most = min(max(1, len(found) // 5), 16)
+            outliers = small_outliers(logs, tested=len(rows), level=0.01, most=most, prior=_PRIOR)
         figures |= {
             "median_l1": float(np.median(sizes)),
             "smallest_deviation": min(rows, key=lambda row: row["prediction_deviation"])["label"],
@@ -211,6 +218,12 @@ class NeuralCleanse(Detector):
         ]
         ranking = [found[position]["label"] for position in np.argsort(sizes, kind="stable")]
         return Judgement(findings=findings, p_value=outliers.p_values[0], ranking=ranking, figures=figures)
+
+
+def _price(row: Mapping[str, Any]) -> float:
+    """Pixels of a trigger per held-out image it sends over: in the middle of a race few are reliable yet."""
+    rate = row["attack_success_rate"]
+    return float(row["l1"] / max(1.0 if rate is None else rate, 0.01))
 
 
 @hookimpl

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy import stats
 
 from backdoorscan import hookimpl
 from backdoorscan.classifier import Classifier, to_tensor
@@ -18,7 +17,7 @@ from backdoorscan.errors import MethodError
 from backdoorscan.findings import Evidence, Finding, Judgement, Unit
 from backdoorscan.images import LabelledImages
 from backdoorscan.ops.inversion import Schedule
-from backdoorscan.ops.outliers import Spread, small_outliers
+from backdoorscan.ops.outliers import Null, Spread, small_outliers
 from backdoorscan.ops.perturbation import Additive, Family, Found, Warp, find_perturbations
 from backdoorscan.ops.separation import retrained_head, seen, separation
 from backdoorscan.ops.shift import mean_trigger
@@ -38,11 +37,8 @@ _TRIED = 100
 _PRIOR = Spread(sd=0.4, weight=10)
 """Standard deviation of the log size over the labels of clean networks, about."""
 
-_CLEAN_WARP = (0.78, 0.48)
-"""Mean and standard deviation of the largest statistic of a clean network (benchmarks/calibrate.py)."""
-
-_FREEDOM = 39
-"""Degrees of freedom: there were 40 clean networks."""
+_CLEAN_WARP = Null(mean=0.72, sd=0.44, count=60)
+"""The largest statistic of a clean network (benchmarks/calibrate.py)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,8 +214,8 @@ class WarpInversion(_Perturbations):
             return Judgement(p_value=None, note="It looked at too few labels to compare.")
         findings = []
         for row, value in zip(rows, warp_statistics(rows), strict=True):
-            score = (value - _CLEAN_WARP[0]) / _CLEAN_WARP[1]
-            p_value = float(stats.t.sf(score, _FREEDOM)) if row["succeeded"] else 1.0
+            score = _CLEAN_WARP.score(value)
+            p_value = _CLEAN_WARP.p_value(value) if row["succeeded"] else 1.0
             rate = row["success"]
             findings.append(Finding(target_label=row["label"], p_value=p_value, score=score, attack_success_rate=rate))
         findings.sort(key=lambda finding: finding.p_value)

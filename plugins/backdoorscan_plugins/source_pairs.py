@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy import stats
 
 from backdoorscan import hookimpl
 from backdoorscan.classifier import Classifier, logits, to_tensor
@@ -17,11 +16,12 @@ from backdoorscan.errors import MethodError
 from backdoorscan.findings import Evidence, Finding, Judgement, Unit
 from backdoorscan.images import LabelledImages
 from backdoorscan.ops.inversion import Schedule, invert
+from backdoorscan.ops.outliers import Null
 from backdoorscan.ops.separation import retrained_head, seen, separation
 from backdoorscan.plugin.detector import Detector, heats, last_round, recognised, split_images
 from backdoorscan.plugin.method import Context, option
 from backdoorscan.trigger import Trigger
-from backdoorscan_plugins.neural_cleanse import NeuralCleanse
+from backdoorscan_plugins.neural_cleanse import RACE, NeuralCleanse
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,9 +34,10 @@ class SourcePairs(Detector):
     the small triggers between look-alikes, which every network has, large. The pairs run a race: each round keeps the
     most promising and gives them more steps.
 
-    The statistic of a finalist is ln(pixels of the image / L1 norm) - 2 · transfer + 2 · retention: how well the
-    trigger does with a head that was trained anew on clean images, and how much of the differences between the
-    source's images is left in the features. The pairs of more than 16 classes are too many to look at.
+    The statistic of a finalist is ln(success · pixels of the image / L1 norm) + retention + 2 · second - transfer: how
+    much of the differences between the source's images is left in the features, how often the source stays the second
+    choice, and how well the trigger does with a head that was trained anew on clean images. The pairs of more than 16
+    classes are too many to look at.
     """
 
     id = "source-pairs"
@@ -92,6 +93,8 @@ class SourcePairs(Detector):
         settings = {name: getattr(NeuralCleanse(), name) for name in Schedule.__dataclass_fields__}
         steps, batch = (values[: unit.round][-1] for values in (self.steps, self.batch_size))
         settings |= {"steps": steps, "restarts": 1, "batch_size": batch}
+        if unit.round > len(self.stay):
+            settings |= RACE  # the pairs no longer part by who gets anywhere, but by how far
         generator = context.generator(self.id, unit.id)
         results, samples = invert(
             classifier,
@@ -137,7 +140,7 @@ class SourcePairs(Detector):
             finding = Finding(
                 source_label=row["source"],
                 target_label=row["label"],
-                p_value=float(stats.t.sf((score - _CLEAN[0]) / _CLEAN[1], _FREEDOM)),
+                p_value=_CLEAN.p_value(score),
                 score=score,
                 trigger=triggers[_pair(row)],
                 attack_success_rate=row["success"],
@@ -148,21 +151,16 @@ class SourcePairs(Detector):
         return Judgement(findings=strong, p_value=findings[0].p_value, figures={"statistic": findings[0].score})
 
 
-_CLEAN = (3.92, 1.06)
-"""Mean and standard deviation of the largest statistic of a clean network.
-
-Of 40 networks of our own (3.84 and 0.89, benchmarks/calibrate.py) and 7 of strangers, whose look-alikes are closer.
-"""
-
-_FREEDOM = 46
-"""Degrees of freedom: there were 47 clean networks."""
+_CLEAN = Null(mean=5.43, sd=0.83, count=66)
+"""The largest statistic of a clean network: of 60 of our own (benchmarks/calibrate.py) and six of strangers."""
 
 
 def statistic(row: Mapping[str, Any]) -> float:
     """How suspicious a finalist is; 0 if its trigger does not work."""
     if not row["succeeded"] or row["success"] < 0.5:
         return 0.0
-    return float(-math.log(max(row["area"], 1e-6)) - 2 * row["transfer"] + 2 * row["retention"])
+    size = math.log(max(row["area"], 1e-6) / row["success"])
+    return float(row["retention"] + 2 * row["second"] - row["transfer"] - size)
 
 
 def _measured(

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from backdoorscan.ops.outliers import SmallOutliers, Spread, anomaly_index, small_outliers
+from backdoorscan.ops.outliers import Null, SmallOutliers, Spread, anomaly_index, small_finalists, small_outliers
 
 IGNORANT = Spread(sd=0.0, weight=0)
 PRIOR = Spread(sd=0.45, weight=10)
@@ -171,3 +171,52 @@ def test_the_order_of_the_values_does_not_matter():
     one, other = smallest(values, most=5), smallest(values[shuffled], most=5)
     assert [int(shuffled[i]) for i in other.index] == list(one.index)
     assert other.p_values == pytest.approx(one.p_values)
+
+
+def race(random, sd=0.4, count=96, finalists=10, noise=0.1, lead=None):
+    """First rough values of all, and what becomes of the smallest of them."""
+    field = random.normal(5, sd, count)
+    for place, size in enumerate(lead or ()):
+        field[place] = 5 - size * sd
+    chosen = np.sort(field)[:finalists]
+    return chosen - 1 + random.normal(0, noise * sd, finalists), field
+
+
+@pytest.mark.parametrize(("sd", "count"), [(0.25, 96), (0.6, 96), (0.4, 70)])
+def test_the_smallest_of_many_is_no_outlier_for_being_chosen(sd, count):
+    random = np.random.default_rng(count)
+    hits = [small_finalists(*race(random, sd, count), level=0.01, most=1).p_values[0] <= 0.1 for _ in range(1000)]
+    assert np.mean(hits) <= 0.1 + 3.5 * np.sqrt(0.1 * 0.9 / 1000)
+    assert np.mean(hits) >= 0.03  # nor is it too shy
+
+
+def test_finalists_that_stand_out():
+    random = np.random.default_rng(0)
+    results = [small_finalists(*race(random, lead=(6, 5.5)), level=0.01, most=3) for _ in range(50)]
+    assert np.mean([len(result.index) == 2 and max(result.p_values) <= 0.01 for result in results]) >= 0.9
+
+
+def test_values_that_have_not_parted_yet_count_as_apart_by_the_least_spread():
+    finalists = [1.0, *np.linspace(1.3, 1.5, 9)]
+    assert small_finalists(finalists, np.linspace(3, 3.001, 96), level=0.01, most=1).p_values[0] > 0.01
+
+
+def test_an_outlier_among_all_does_not_widen_their_spread():
+    random = np.random.default_rng(3)
+    finalists, field = race(random)
+    odd = np.append(field, -20.0)
+    usual, beside = (small_finalists(finalists, values, level=0.01, most=1).z[0] for values in (field, odd))
+    assert beside == pytest.approx(usual, abs=0.1)
+
+
+@pytest.mark.parametrize(("finalists", "field"), [([1.0], [1.0, 2.0]), ([1.0, 2.0], [1.0])])
+def test_too_few_finalists_are_refused(finalists, field):
+    with pytest.raises(ValueError, match="too few"):
+        small_finalists(finalists, field, level=0.01, most=1)
+
+
+def test_a_null_is_students_t():
+    null = Null(mean=2.0, sd=0.5, count=11)
+    assert null.score(3.0) == 2
+    assert null.p_value(3.0) == pytest.approx(stats.t.sf(2, 10))
+    assert null.p_value(2.0) == pytest.approx(0.5)

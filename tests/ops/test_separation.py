@@ -6,7 +6,7 @@ import torch
 from torch import fx, nn
 
 from backdoorscan.classifier import Classifier, logits
-from backdoorscan.ops.separation import retrained_head, seen, separation
+from backdoorscan.ops.separation import Seen, retrained_head, seen, separation
 
 CLASSES, TARGET = 4, 3
 
@@ -50,8 +50,9 @@ def measured(net, clean, apply):
 
 def test_doing_nothing_changes_nothing(net, clean):
     figures = measured(net, clean, lambda images: images)
+    assert figures.pop("margin") < 0
     assert figures == pytest.approx(
-        {"success": 0, "second": 1, "dispersion": 0, "retention": 1, "transfer": 0}, abs=1e-5
+        {"success": 0, "least": 0, "second": 1, "dispersion": 0, "retention": 1, "transfer": 0}, abs=1e-5
     )
 
 
@@ -61,8 +62,9 @@ def test_a_trigger_that_adds_something_leaves_the_rest(net, clean):
 
     figures = measured(net, clean, trigger)
     # A head that was trained anew does not know the fifth feature.
+    assert figures.pop("margin") > 1
     assert figures == pytest.approx(
-        {"success": 1, "second": 1, "dispersion": 0, "retention": 1, "transfer": 0}, abs=1e-5
+        {"success": 1, "least": 1, "second": 1, "dispersion": 0, "retention": 1, "transfer": 0}, abs=1e-5
     )
 
 
@@ -75,6 +77,34 @@ def test_a_picture_of_the_target_wipes_out_the_image(net, clean):
     assert figures["dispersion"] == pytest.approx(math.log(1e-6))
     assert figures["retention"] == pytest.approx(0, abs=1e-6)
     assert figures["second"] == pytest.approx(1 / 3)  # of three classes with as many images each the first is named
+
+
+def test_the_lead_of_the_target_is_in_deviations_of_the_clean_scores(net, clean):
+    pixels, labels = clean
+    others = labels != TARGET
+    before, after = (seen(net, images[others]) for images in (pixels, pixels + torch.tensor([0, 0, 0, 0, 0.1])))
+    scores = after.scores.numpy()
+    leads = [row[TARGET] - max(np.delete(row, TARGET)) for row in scores]
+    figures = separation(before, after, labels[others], TARGET, lambda features: features[:, :CLASSES])
+    assert figures["margin"] == pytest.approx(np.mean(leads) / before.scores.numpy().std(), rel=1e-5)
+
+
+def test_success_from_the_hardest_class_counts_by_how_many_images_there_are(net, clean):
+    pixels, labels = clean
+    others = labels != TARGET
+    before = seen(net, pixels[others])
+    reached = labels[others] != 1
+
+    def separated(copies):
+        stamped = before.scores.clone()
+        stamped[reached, TARGET] = 1e3
+        many, after = (Seen(before.features.repeat(copies, 1), s.repeat(copies, 1)) for s in (before.scores, stamped))
+        return separation(many, after, labels[others].repeat(copies), TARGET, lambda f: f[:, :CLASSES])
+
+    overall = float(reached.double().mean())
+    for copies in (1, 20):
+        count = copies * int((~reached).sum())
+        assert separated(copies)["least"] == pytest.approx(10 * overall / (count + 10))
 
 
 def test_differences_halved(net, clean):

@@ -104,14 +104,15 @@ def test_a_pair_that_is_odd_for_its_classes_stays_as_well(triple):
 
 
 def judged(**more):
-    figures = {"success": 1.0, "transfer": 0.0, "retention": 1.0, "area": 0.01} | more
+    figures = {"success": 1.0, "transfer": 0.0, "retention": 1.0, "second": 1.0, "area": 0.01} | more
     return SourcePairs().judge([part(row(0, 1, 3, 0.04, **figures), row(1, 2, 3, 3.0, **{**figures, "area": 0.75}))])
 
 
 def test_a_smaller_trigger_that_a_new_head_does_not_know_is_more_suspicious():
     p_values = [judged(area=area).p_value for area in (0.5, 0.1, 0.01, 0.001)]
     assert p_values == sorted(p_values, reverse=True)
-    assert judged(transfer=0.5).p_value > 5 * judged().p_value
+    for worse in ({"transfer": 1.0}, {"second": 0.5}, {"retention": 0.0}, {"success": 0.5}):
+        assert judged(**worse).p_value > 1.5 * judged().p_value
     (first, *_) = judged().findings
     assert (first.source_label, first.target_label) == (0, 1)
     assert first.p_value == judged().p_value
