@@ -23,13 +23,16 @@ import torch
 from backdoorscan_plugins import confirmation, perturbations, source_pairs
 from backdoorscan_plugins.graph_logic import GraphLogic
 from backdoorscan_plugins.label_mapping import LabelMapping
+from plain_nets import plain_networks
 from scipy import stats
 from sklearn.linear_model import LogisticRegression
 
 from backdoorscan.bench.data import load_datasets
 from backdoorscan.bench.spec import ModelSpec, plan_zoo
-from backdoorscan.bench.zoo import ZooEntry, train_zoo
+from backdoorscan.bench.zoo import train_zoo
+from backdoorscan.classifier import Classifier
 from backdoorscan.findings import Examined
+from backdoorscan.images import LabelledImages
 from backdoorscan.ops.outliers import Null
 from backdoorscan.plugin.detector import run_detector
 from backdoorscan.plugin.method import Context
@@ -37,20 +40,26 @@ from backdoorscan.registry import installed
 from backdoorscan.scanning import ScanOptions, plan_detectors
 
 
+def sources(shared: Path) -> list[str]:
+    """Real images of ten classes."""
+    return [f"{shared}/data/mnist.npz#train", f"{shared}/data/fashion_mnist.npz#train"]
+
+
 def zoo(shared: Path) -> list[ModelSpec]:
     """60 clean networks and 144 backdoored ones: every attack on four architectures and three sets of images."""
-    images = ["digits", f"{shared}/data/mnist.npz#train", f"{shared}/data/fashion_mnist.npz#train"]
+    images = ["digits", *sources(shared)]
     attacks = [plugin.component.configured({}) for plugin in installed().of_kind("attack")]
     return plan_zoo(load_datasets(images), [], attacks, clean=5, backdoored=1)
 
 
-def collect(entry: ZooEntry) -> dict[str, Any]:
+def collect(classifier: Classifier, clean: LabelledImages) -> dict[str, Any]:
     """The evidence of a default scan, without verdicts: detector -> figures of its units, cost."""
-    classifier, earlier, record = entry.load().classifier, {}, {}
+    earlier: dict[str, Examined] = {}
+    record: dict[str, Any] = {}
     for _, detector in plan_detectors(ScanOptions(), installed()):
         context = Context(seed=0, earlier=dict(earlier))
         started = time.process_time()
-        evidence, judgement = run_detector(detector, classifier, entry.clean, context)
+        evidence, judgement = run_detector(detector, classifier, clean, context)
         earlier[detector.id] = Examined(evidence=evidence, judgement=judgement)
         record[detector.id] = {
             "units": [part.figures for part in evidence],
@@ -77,18 +86,28 @@ def gather(shared: Path, folder: Path, part: str) -> list[dict[str, Any]]:
         if not entry.took:
             continue
         if not file.exists():
-            file.write_text(json.dumps(collect(entry)))
+            file.write_text(json.dumps(collect(entry.load().classifier, entry.clean)))
             print(entry.spec.name, file=sys.stderr, flush=True)
-        evidence = {name: record["units"] for name, record in json.loads(file.read_text()).items()}
         records.append(
             {
                 "attack": entry.spec.attack.id if entry.spec.attack else "clean",
                 "group": (entry.spec.architecture, entry.spec.data.name),
                 "targets": set(entry.spec.targets),
-                "evidence": evidence,
+                "evidence": evidence_in(file),
             }
         )
+    for plain in plain_networks(load_datasets(sources(shared)), folder / "plain") if part in ("", "kept") else ():
+        file = kept / f"{plain.name}.json"
+        if not file.exists():
+            file.write_text(json.dumps(collect(plain.classifier, plain.clean)))
+            print(plain.name, file=sys.stderr, flush=True)
+        records.append({"attack": "clean", "group": plain.group, "targets": set(), "evidence": evidence_in(file)})
     return records
+
+
+def evidence_in(file: Path) -> dict[str, Any]:
+    """Detector -> figures of its units."""
+    return {name: record["units"] for name, record in json.loads(file.read_text()).items()}
 
 
 Weights = tuple[Any, Any, Any]

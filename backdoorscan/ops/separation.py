@@ -46,9 +46,20 @@ def seen(classifier: Classifier, images: Tensor) -> Seen:
         return Seen(scores, scores)
 
 
-def separation(
-    before: Seen, after: Seen, labels: Tensor, target: int, head: Callable[[Tensor], Tensor]
-) -> dict[str, float]:
+@dataclass(frozen=True)
+class Head:
+    """A head that was trained on clean images.
+
+    Attributes:
+        scores: Features (N, D) -> scores (N, K).
+        classes: Those it has seen; it never says another.
+    """
+
+    scores: Callable[[Tensor], Tensor]
+    classes: frozenset[int]
+
+
+def separation(before: Seen, after: Seen, labels: Tensor, target: int, head: Head) -> dict[str, float]:
     """What a trigger does to images.
 
     Args:
@@ -56,7 +67,7 @@ def separation(
         after: What it makes of them with the trigger.
         labels: Shape (N,): their classes.
         target: Where the trigger leads.
-        head: Features (N, D) -> scores (N, K), a head trained anew on clean images.
+        head: A head trained anew on clean images.
 
     Returns:
         ``success``, the part of the images sent to the target; ``least``, that of the class from which it is smallest;
@@ -72,16 +83,18 @@ def separation(
     second, led = (float((_best_but(one.scores, target) == labels).double().mean()) for one in (after, before))
     a, b = (one.features - one.features.mean(0) for one in (before, after))
     total = a.square().sum().clamp_min(1e-12)
-    new = [float((head(one.features).argmax(1) == target).double().mean()) for one in (before, after)]
-    return {
+    figures = {
         "success": float(sent.mean()),
         "least": _least(sent, labels),
         "margin": float(margin),
         "second": second / max(led, 0.01),
         "dispersion": math.log(float(b.square().sum() / total) + 1e-6),
         "retention": float((a * b).sum() / total),
-        "transfer": new[1] - new[0],
     }
+    if target in head.classes:
+        new = [float((head.scores(one.features).argmax(1) == target).double().mean()) for one in (before, after)]
+        figures["transfer"] = new[1] - new[0]
+    return figures
 
 
 def _least(sent: Tensor, labels: Tensor) -> float:
@@ -97,7 +110,7 @@ def _best_but(scores: Tensor, target: int) -> Tensor:
     return others.argmax(1)
 
 
-def retrained_head(features: Tensor, labels: Tensor, classes: int) -> Callable[[Tensor], Tensor]:
+def retrained_head(features: Tensor, labels: Tensor, classes: int) -> Head:
     """A head trained anew on clean images' features (N, D), labels (N,): ridge regression on the classes.
 
     Directions in which clean features do not differ, and a backdoor may hide, get no weight.
@@ -109,7 +122,7 @@ def retrained_head(features: Tensor, labels: Tensor, classes: int) -> Callable[[
     wanted = functional.one_hot(labels, classes).to(features.dtype)
     solution: Tensor = torch.linalg.solve(gram + ridge, inputs.T @ wanted)
 
-    def head(values: Tensor) -> Tensor:
+    def scores(values: Tensor) -> Tensor:
         return functional.pad(values - mean, (0, 1), value=1.0) @ solution
 
-    return head
+    return Head(scores, frozenset(labels.tolist()))

@@ -84,7 +84,14 @@ class LatentShift(Detector):
         features = None if head is None else head_features(classifier, to_tensor(images.pixels))
         if head is None or features is None or features.shape[1] != head[0].shape[1]:
             return Evidence(figures=_NOTHING)
-        lengths, median_lengths = step_lengths(*head, features, (self.part, 0.5))
+        parts = (self.part, 0.5)
+        steps = step_lengths(*head, features, parts)
+        # Images of the class itself need no step: where they are many, only the others tell.
+        labels = torch.from_numpy(images.labels)
+        for label in (labels.bincount() > (1 - self.part) * len(labels)).nonzero().flatten().tolist():
+            others = features[labels != label]
+            steps[:, label] = step_lengths(*head, others, parts)[:, label] if len(others) else torch.inf
+        lengths, median_lengths = steps
         figures = _rows(lengths, unit.labels, "step", largest=False)
         chosen = list(unit.labels)
         ranking = [chosen[i] for i in median_lengths[chosen].argsort(stable=True).tolist()]

@@ -225,12 +225,12 @@ class WarpInversion(_Perturbations):
 
 
 def warp_statistics(rows: Sequence[dict[str, Any]]) -> list[float]:
-    """How suspicious each label's warp is; see ``WarpInversion``."""
+    """How suspicious each label's warp is; see ``WarpInversion``. Of a class without images the worst is assumed."""
     sizes = reached_sizes(rows)
     values = []
     for place, row in enumerate(rows):
         lead = float(np.median(sizes[:place] + sizes[place + 1 :])) - sizes[place]
-        values.append(lead + 2 * row["second"] - row["transfer"])
+        values.append(lead + 2 * row["second"] - row.get("transfer", 1.0))
     return values
 
 

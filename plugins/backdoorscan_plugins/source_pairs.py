@@ -131,7 +131,7 @@ class SourcePairs(Detector):
     def judge(self, evidence: Sequence[Evidence]) -> Judgement:
         """Compare the best finalist with those of clean networks."""
         rows = last_round(evidence)
-        if not rows or "transfer" not in rows[0]:
+        if not rows or "retention" not in rows[0]:
             return Judgement(p_value=None, note="Too many classes, or too few images, to look at pairs of classes.")
         triggers = _latest(evidence)
         findings = []
@@ -156,11 +156,11 @@ _CLEAN = Null(mean=5.43, sd=0.83, count=66)
 
 
 def statistic(row: Mapping[str, Any]) -> float:
-    """How suspicious a finalist is; 0 if its trigger does not work."""
+    """How suspicious a finalist is; 0 if its trigger does not work. Of a class without images the worst is assumed."""
     if not row["succeeded"] or row["success"] < 0.5:
         return 0.0
     size = math.log(max(row["area"], 1e-6) / row["success"])
-    return float(row["retention"] + 2 * row["second"] - row["transfer"] - size)
+    return float(row["retention"] + 2 * row["second"] - row.get("transfer", 1.0) - size)
 
 
 def _measured(

@@ -6,9 +6,10 @@ import torch
 from torch import fx, nn
 
 from backdoorscan.classifier import Classifier, logits
-from backdoorscan.ops.separation import Seen, retrained_head, seen, separation
+from backdoorscan.ops.separation import Head, Seen, retrained_head, seen, separation
 
 CLASSES, TARGET = 4, 3
+HEAD = Head(lambda features: features[:, :CLASSES], frozenset(range(CLASSES)))
 
 
 class Odd(nn.Module):
@@ -85,7 +86,7 @@ def test_the_lead_of_the_target_is_in_deviations_of_the_clean_scores(net, clean)
     before, after = (seen(net, images[others]) for images in (pixels, pixels + torch.tensor([0, 0, 0, 0, 0.1])))
     scores = after.scores.numpy()
     leads = [row[TARGET] - max(np.delete(row, TARGET)) for row in scores]
-    figures = separation(before, after, labels[others], TARGET, lambda features: features[:, :CLASSES])
+    figures = separation(before, after, labels[others], TARGET, HEAD)
     assert figures["margin"] == pytest.approx(np.mean(leads) / before.scores.numpy().std(), rel=1e-5)
 
 
@@ -99,12 +100,21 @@ def test_success_from_the_hardest_class_counts_by_how_many_images_there_are(net,
         stamped = before.scores.clone()
         stamped[reached, TARGET] = 1e3
         many, after = (Seen(before.features.repeat(copies, 1), s.repeat(copies, 1)) for s in (before.scores, stamped))
-        return separation(many, after, labels[others].repeat(copies), TARGET, lambda f: f[:, :CLASSES])
+        return separation(many, after, labels[others].repeat(copies), TARGET, HEAD)
 
     overall = float(reached.double().mean())
     for copies in (1, 20):
         count = copies * int((~reached).sum())
         assert separated(copies)["least"] == pytest.approx(10 * overall / (count + 10))
+
+
+def test_a_head_that_has_never_seen_the_target_does_not_tell(net, clean):
+    pixels, labels = clean
+    others = labels != TARGET
+    before = seen(net, pixels[others])
+    head = retrained_head(before.features, labels[others], CLASSES)
+    assert head.classes == {0, 1, 2}
+    assert "transfer" not in separation(before, before, labels[others], TARGET, head)
 
 
 def test_differences_halved(net, clean):
@@ -153,11 +163,11 @@ def test_the_new_head_is_ridge_regression():
     solution, *_ = np.linalg.lstsq(stacked, np.r_[np.eye(3)[labels], np.zeros((7, 3))], rcond=None)
     others = random.normal(size=(5, 6))
     np.testing.assert_allclose(
-        head(torch.from_numpy(others)).numpy(), np.c_[others - inputs.mean(0), np.ones(5)] @ solution
+        head.scores(torch.from_numpy(others)).numpy(), np.c_[others - inputs.mean(0), np.ones(5)] @ solution
     )
 
 
 def test_the_new_head_recognises_the_classes(net, clean):
     pixels, labels = clean
     known = seen(net, pixels).features
-    assert retrained_head(known, labels, CLASSES)(known).argmax(1).tolist() == labels.tolist()
+    assert retrained_head(known, labels, CLASSES).scores(known).argmax(1).tolist() == labels.tolist()

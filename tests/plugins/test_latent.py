@@ -129,3 +129,17 @@ def test_the_steps_need_images():
     classifier, _ = many_classes(None)
     with pytest.raises(MethodError, match="needs images"):
         LatentShift().examine(Unit("all", (0,)), classifier, None, Context())
+
+
+@pytest.mark.parametrize("shown", [(1,), (1, 3)])
+def test_images_of_the_class_itself_do_not_make_its_step_short(shown):
+    classifier, images, _ = planted(None, classes=5, blocks=3, count=100)
+    steps = {}
+    for name, chosen in (("all", images), ("few", images.take(np.isin(images.labels, shown).nonzero()[0]))):
+        (evidence,), _ = run_detector(LatentShift(), classifier, chosen, Context())
+        steps[name] = {row["label"]: row["step"] for row in evidence.figures["labels"]}
+    if len(shown) == 1:
+        assert 1 not in steps["few"]  # no image tells how far it is
+    else:
+        for label in shown:
+            assert steps["few"][label] > 0.5 * steps["all"][label]
