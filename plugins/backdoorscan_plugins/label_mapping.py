@@ -18,9 +18,8 @@ from backdoorscan.ops.outliers import Null
 from backdoorscan.plugin.detector import Detector, recognised, split_images
 from backdoorscan.plugin.method import Context, option
 
-_CLEAN = Null(mean=0.41, sd=0.21, count=60)
-"""The statistic of clean networks (benchmarks/calibrate.py). By their own standard deviation, 0.17, the largest of the
-60, 0.87, would be too rare."""
+_CLEAN = Null(mean=0.36, sd=0.20, count=78)
+"""The statistic of clean networks (benchmarks/calibrate.py)."""
 
 _FEWEST = 3
 """Classes with images from which a mapping can be told from one target."""
