@@ -72,10 +72,10 @@ def separation(before: Seen, after: Seen, labels: Tensor, target: int, head: Hea
     Returns:
         ``success``, the part of the images sent to the target; ``least``, that of the class from which it is smallest;
         ``margin``, by how much the target's score leads the next one, on average, in standard deviations of the scores
-        before; ``second``, how often the true class leads the others
-        under the trigger, as a part of how often it does without; ``dispersion``, ln of how much the features still
-        differ between images; ``retention``, how much of those differences is the images' own; ``transfer``, the part
-        of the images that the new head is sent to the target with.
+        before; ``second``, how often the true class leads the others under the trigger, as a part of how often it does
+        without; ``dispersion``, ln of how much the features still differ between images; ``retention``, how much of
+        those differences is the images' own; ``transfer``, the part of the images that the new head is sent to the
+        target with, if it has seen the target.
     """
     sent = (after.scores.argmax(1) == target).double()
     rival = after.scores[torch.arange(len(labels)), _best_but(after.scores, target)]
