@@ -3,7 +3,7 @@
     python benchmarks/calibrate.py ../shared ZOO [INDEX/COUNT | kept]
 
 The folder ZOO keeps the networks and the evidence on them, so a second run only fits. ``INDEX/COUNT`` collects the
-evidence on a part of the networks, so that several processes can share the work; ``kept`` judges only those on which
+evidence on a part of the zoo, so that several processes can share the work; ``kept`` judges only those of it on which
 there is evidence. Printed are the constants that ``backdoorscan_plugins.confirmation``, ``label_mapping``,
 ``source_pairs`` and ``perturbations`` hold, and how well each tells backdoored networks from clean ones: an attack by
 weights fitted on all the others, a clean network by weights fitted without the networks of its architecture and data.
@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,29 +85,27 @@ def gather(shared: Path, folder: Path, part: str) -> list[dict[str, Any]]:
         file = kept / f"{entry.spec.key}.json"
         if not entry.took:
             continue
-        if not file.exists():
-            file.write_text(json.dumps(collect(entry.load().classifier, entry.clean)))
-            print(entry.spec.name, file=sys.stderr, flush=True)
         records.append(
             {
                 "attack": entry.spec.attack.id if entry.spec.attack else "clean",
                 "group": (entry.spec.architecture, entry.spec.data.name),
                 "targets": set(entry.spec.targets),
-                "evidence": evidence_in(file),
+                "evidence": evidence(file, entry.spec.name, lambda at=entry: at.load().classifier, entry.clean),
             }
         )
-    for plain in plain_networks(load_datasets(sources(shared)), folder / "plain") if part in ("", "kept") else ():
-        file = kept / f"{plain.name}.json"
-        if not file.exists():
-            file.write_text(json.dumps(collect(plain.classifier, plain.clean)))
-            print(plain.name, file=sys.stderr, flush=True)
-        records.append({"attack": "clean", "group": plain.group, "targets": set(), "evidence": evidence_in(file)})
+    if part in ("", "kept"):
+        for plain in plain_networks(load_datasets(sources(shared)), folder / "plain"):
+            found = evidence(kept / f"{plain.name}.json", plain.name, lambda at=plain: at.classifier, plain.clean)
+            records.append({"attack": "clean", "group": plain.group, "targets": set(), "evidence": found})
     return records
 
 
-def evidence_in(file: Path) -> dict[str, Any]:
-    """Detector -> figures of its units."""
-    return {name: record["units"] for name, record in json.loads(file.read_text()).items()}
+def evidence(file: Path, name: str, load: Callable[[], Classifier], clean: LabelledImages) -> dict[str, Any]:
+    """Detector -> figures of its units; collected where the file does not have them yet."""
+    if not file.exists():
+        file.write_text(json.dumps(collect(load(), clean)))
+        print(name, file=sys.stderr, flush=True)
+    return {detector: record["units"] for detector, record in json.loads(file.read_text()).items()}
 
 
 Weights = tuple[Any, Any, Any]
@@ -141,7 +139,7 @@ def confirmed(record: Mapping[str, Any], weights: Weights) -> float:
 
 def paired(record: Mapping[str, Any]) -> float:
     """The largest statistic of ``source-pairs``."""
-    rows = [row for unit in record["evidence"]["source-pairs"] for row in unit["labels"] if "transfer" in row]
+    rows = [row for unit in record["evidence"]["source-pairs"] for row in unit["labels"] if "retention" in row]
     return max((source_pairs.statistic(row) for row in rows), default=0.0)
 
 

@@ -146,8 +146,8 @@ class NeuralCleanse(Detector):
             classifier, pixels, labels, unit.labels, schedule, generator, context.progress, unit.starts
         )
         test_pixels, test_labels = to_tensor(held_out.pixels), torch.from_numpy(held_out.labels)
-        final, weakened = unit.round == _ROUNDS, to_tensor(images.pixels)[:_WEAKENED]
-        rows = []
+        weakened = to_tensor(images.pixels[:_WEAKENED]) if unit.round == _ROUNDS else None
+        rows: list[dict[str, Any]] = []
         for label, result in zip(unit.labels, results, strict=True):
             stamped = result.trigger.stamp(test_pixels)
             scores = logits(classifier, stamped)
@@ -159,7 +159,6 @@ class NeuralCleanse(Detector):
                     "label": label,
                     "round": unit.round,
                     "l1": round(result.trigger.l1, 4),
-                    **({"half_opacity": needed_opacity(classifier, result.trigger, weakened, 0.5)} if final else {}),
                     "succeeded": result.succeeded and (rate is None or rate >= self.held_out_success),
                     "attack_success_rate": rate,
                     "prediction_deviation": round(float((predicted - label).abs().double().mean()), 4),
@@ -175,6 +174,8 @@ class NeuralCleanse(Detector):
                     },
                 }
             )
+            if weakened is not None:
+                rows[-1]["half_opacity"] = needed_opacity(classifier, result.trigger, weakened, 0.5)
         return Evidence(
             figures={"labels": rows}, triggers=[result.trigger for result in results], gradient_samples=samples
         )
@@ -189,10 +190,10 @@ class NeuralCleanse(Detector):
             return Judgement(
                 p_value=None, figures=figures, note="A trigger was found for fewer than two labels: nothing to compare."
             )
-        # How much mask brings the last images over is chance; at the end of a race, where little tells, half count.
-        sizes = np.array([max(row["l1"] * (row.get("half_opacity") or 1.0), 1e-3) for row in found])
+        sizes = np.array([max(row["l1"], 1e-3) for row in found])
         indices = anomaly_index(sizes)
-        logs = np.log(sizes).tolist()
+        # How much mask brings the last images over is chance; at the end of a race, where little tells, half count.
+        logs = [math.log(max(row["l1"] * (row.get("half_opacity") or 1.0), 1e-3)) for row in found]
         if rows[0]["round"]:
             first = [row for part in evidence for row in part.figures["labels"] if row["round"] == 1]
             field = [math.log(max(row["l1"], 1e-3)) for row in first]
@@ -216,7 +217,7 @@ class NeuralCleanse(Detector):
             )
             for position, p_value in zip(outliers.index, outliers.p_values, strict=True)
         ]
-        ranking = [found[position]["label"] for position in np.argsort(sizes, kind="stable")]
+        ranking = [found[position]["label"] for position in np.argsort(logs, kind="stable")]
         return Judgement(findings=findings, p_value=outliers.p_values[0], ranking=ranking, figures=figures)
 
 

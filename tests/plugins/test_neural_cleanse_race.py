@@ -147,3 +147,15 @@ def test_finalists_are_compared_with_each_other_alone():
     assert judgement.p_value < 0.01
     assert judgement.findings[0].trigger.l1 == pytest.approx(0.04, abs=1e-3)
     assert judgement.ranking == list(range(10))
+
+
+def test_finalists_are_judged_by_what_half_of_the_images_need_and_reported_by_their_mask():
+    first = part(*(row(label, 1, 1000.0 + 10 * label) for label in range(80)))
+    rows = [row(label, 3, 60.0 + label) for label in range(10)]
+    for one in rows:
+        one["half_opacity"] = 0.1 if one["label"] == 4 else 0.9
+    judgement = NeuralCleanse().judge([first, part(*rows)])
+    assert judgement.ranking[0] == judgement.findings[0].target_label == 4
+    assert judgement.p_value < 0.01
+    assert judgement.figures["median_l1"] == 64.5
+    assert judgement.figures["ratio"] == 64.5 / 60
