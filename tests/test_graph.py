@@ -288,3 +288,50 @@ def test_ancestors():
     network = trace(Residual())
     nodes = {node.name: node for node in network.graph.nodes}
     assert graph.ancestors(nodes["bn"]) == {nodes["x"], nodes["stem"]}
+
+
+class Pooled(nn.Module):
+    """A ReLU before a max pooling in every way it can be written, and pairs that have to stay as they are."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 3, 3, padding=1)
+        self.relu, self.inplace, self.pool = nn.ReLU(), nn.ReLU(inplace=True), nn.MaxPool2d(2, padding=1)
+        self.head = nn.LazyLinear(4)
+
+    def forward(self, x):
+        x = self.pool(self.relu(self.conv(x)))
+        x = F.max_pool2d(F.relu(x - 0.1), 2)
+        x = F.max_pool2d(torch.relu(x - 0.1), 3, stride=1, padding=1)
+        x = self.pool((x - 0.1).relu())
+        kept = x - 0.2
+        x = self.pool(self.inplace(kept)) + F.max_pool2d(kept, 2, padding=1)  # kept is rectified in place
+        twice = torch.relu(x - 0.05)
+        return self.head(torch.cat([F.max_pool2d(twice, 1), twice, F.avg_pool2d(x, 1)], 1).flatten(1))
+
+
+def moved(before, after):
+    """The nodes that another one precedes now."""
+    pairs = [{node.name: str(node.prev) for node in net.graph.nodes} for net in (before, after)]
+    assert pairs[0].keys() == pairs[1].keys()
+    return {
+        name for name in pairs[0] if "max_pool" in name or name.startswith("pool") if pairs[0][name] != pairs[1][name]
+    }
+
+
+def test_max_pooling_comes_before_relu_where_it_may_and_nothing_changes():
+    torch.manual_seed(0)
+    module = Pooled().eval()
+    module(torch.rand(1, 1, 16, 16))
+    network = fx.symbolic_trace(module)
+    before = str(network.graph)
+    quick = graph.pool_first(network)
+    assert str(network.graph) == before
+    assert [node.name for node in quick.graph.nodes][2:4] == ["pool", "relu"]
+    assert len(moved(network, quick)) == 4
+    images = [torch.rand(8, 1, 16, 16, generator=torch.Generator().manual_seed(1)).requires_grad_() for _ in range(2)]
+    scores = [net(x) for net, x in zip((network, quick), images, strict=True)]
+    slopes = [torch.autograd.grad(s.square().sum(), x)[0] for s, x in zip(scores, images, strict=True)]
+    assert torch.equal(*scores)
+    assert torch.equal(*slopes)
+    assert quick.get_submodule("conv") is network.get_submodule("conv")

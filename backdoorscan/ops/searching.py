@@ -6,8 +6,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.optim.adam import adam
+
+from backdoorscan import graph
+from backdoorscan.classifier import Classifier
+from backdoorscan.ops.slopes import quick_slopes
 
 
 class Descent:
@@ -52,14 +56,20 @@ class Descent:
 
 
 @contextmanager
-def frozen(network: nn.Module) -> Iterator[None]:
-    """Without gradients for the network's weights; their flags come back afterwards."""
-    trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
+def frozen(classifier: nn.Module) -> Iterator[None]:
+    """Without gradients for the weights; those for the input then take fewer steps. All is undone afterwards."""
+    trainable = [parameter for parameter in classifier.parameters() if parameter.requires_grad]
+    network = classifier.network if isinstance(classifier, Classifier) else None
     for parameter in trainable:
         parameter.requires_grad_(False)
     try:
-        yield
+        if isinstance(network, fx.GraphModule):
+            classifier.network = graph.pool_first(network)
+        with quick_slopes(classifier):
+            yield
     finally:
+        if network is not None:
+            classifier.network = network
         for parameter in trainable:
             parameter.requires_grad_(True)
 

@@ -3,9 +3,12 @@
 import subprocess
 import sys
 
+import pytest
 import torch
+from torch import fx, nn
 
-from backdoorscan.ops.searching import Descent
+from backdoorscan.classifier import Classifier
+from backdoorscan.ops.searching import Descent, frozen
 
 ALONE = """
 import sys, torch
@@ -40,3 +43,20 @@ def test_a_search_does_not_import_the_compiler():
     total, imported = done.stdout.split()
     assert float(total) < 3
     assert imported == "False"
+
+
+def test_a_frozen_classifier_computes_the_same_and_is_itself_again_afterwards():
+    torch.manual_seed(0)
+    layers = nn.Conv2d(1, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(36, 3)
+    classifier = Classifier(fx.symbolic_trace(nn.Sequential(*layers)), input_shape=(1, 8, 8), num_classes=3)
+    classifier.network.get_parameter("0.bias").requires_grad_(False)
+    flags = [parameter.requires_grad for parameter in classifier.parameters()]
+    network, images = classifier.network, torch.rand(5, 1, 8, 8)
+    scores = classifier(images)
+    with pytest.raises(KeyError), frozen(classifier):
+        assert not classifier(images).requires_grad
+        assert torch.equal(classifier(images), scores)
+        raise KeyError
+    assert classifier.network is network
+    assert [parameter.requires_grad for parameter in classifier.parameters()] == flags
+    assert torch.equal(classifier(images), scores)
