@@ -34,8 +34,10 @@ class Confirmation(Detector):
     always easier than the rest. So for each suspect of Neural Cleanse it asks, on images the trigger was not made
     from: how small is it, in the image and beside the other labels' (``size``, ``ratio``)? Does it work from every
     class, and by a clear lead (``least``, ``margin``)? Does the true class stay the second choice under it
-    (``second``), and does a head trained anew on clean images not know it (``transfer``)? How short is the step in
-    feature space (``latent``), and how weak a pattern over the whole image does the same (``pattern_ratio``)?
+    (``second``), and does a head trained anew on clean images not know it (``transfer``)? Would a classifier that knows
+    nothing but clean images follow it too, and sooner than other labels' triggers (``natural``, ``oddity``)? How short
+    is the step in feature space (``latent``), and how weak a pattern over the whole image does the same
+    (``pattern_ratio``)?
 
     The answers are weighed by a logistic regression (docs/benchmarks.md tells how it does on attacks it was not fitted
     on), and the suspect's score is compared with the largest ones of clean networks. That, or the p-value of Neural
@@ -106,18 +108,20 @@ class Confirmation(Detector):
 
 
 WEIGHTS: Mapping[str, tuple[float, float, float]] = {
-    "size": (-3.16, 1.00, -1.04),
-    "ratio": (0.85, 0.87, 0.92),
-    "least": (0.71, 0.13, 0.56),
-    "margin": (0.91, 0.37, 0.47),
-    "second": (0.69, 0.16, 0.59),
-    "transfer": (0.74, 0.21, -0.99),
-    "latent": (0.24, 0.56, 0.37),
-    "pattern_ratio": (0.43, 0.49, 0.50),
+    "size": (-3.16, 1.00, -0.91),
+    "ratio": (0.85, 0.88, 0.84),
+    "least": (0.71, 0.13, 0.48),
+    "margin": (0.91, 0.37, 0.28),
+    "natural": (0.32, 0.60, -1.20),
+    "oddity": (0.02, 0.45, 0.77),
+    "second": (0.69, 0.16, 0.62),
+    "transfer": (0.74, 0.21, -0.64),
+    "latent": (0.36, 0.97, 0.73),
+    "pattern_ratio": (0.43, 0.48, 0.55),
 }
 """Figure -> its mean and standard deviation over the fitted suspects, and its weight (benchmarks/calibrate.py)."""
 
-_CLEAN = Null(mean=-0.42, sd=1.59, count=78)
+_CLEAN = Null(mean=-0.07, sd=1.52, count=78)
 """The largest score of a clean network, by weights fitted without its like."""
 
 _REFERENCE_CLASSES = 10
@@ -153,6 +157,9 @@ def _compared(label: int, area: float, earlier: Mapping[str, Examined]) -> dict[
     figures = {"size": math.log(max(area, 1e-6))}
     rows = [row for part in earlier[_INVERSION].evidence for row in part.figures["labels"]]
     sizes = {row["label"]: math.log(max(row["l1"], 1e-3)) for row in rows if row["succeeded"]}
+    natural = {row["label"]: row["natural"] for row in rows if "natural" in row}
+    if len(natural) > 1 and label in natural:
+        figures |= {"natural": natural[label], "oddity": _lead(natural, label)}
     if len(sizes) > 1 and label in sizes:
         # The smallest of more labels lies further below their median by chance.
         excess = _SPREAD * (_smallest(len(rows)) - _smallest(_REFERENCE_CLASSES))

@@ -18,6 +18,7 @@ from backdoorscan.images import LabelledImages
 from backdoorscan.ops.inversion import Schedule, invert
 from backdoorscan.ops.metrics import attack_success_rate
 from backdoorscan.ops.outliers import Spread, anomaly_index, small_finalists, small_outliers
+from backdoorscan.ops.outsider import learn
 from backdoorscan.ops.stamping import needed_opacity
 from backdoorscan.plugin.detector import MANY_CLASSES, Detector, heats, last_round, shortlist, split_images
 from backdoorscan.plugin.method import Context, option
@@ -147,6 +148,7 @@ class NeuralCleanse(Detector):
         )
         test_pixels, test_labels = to_tensor(held_out.pixels), torch.from_numpy(held_out.labels)
         weakened = to_tensor(images.pixels[:_WEAKENED]) if unit.round == _ROUNDS else None
+        outsider = None if unit.round else learn(pixels, labels, classifier.num_classes)
         rows: list[dict[str, Any]] = []
         for label, result in zip(unit.labels, results, strict=True):
             stamped = result.trigger.stamp(test_pixels)
@@ -174,6 +176,10 @@ class NeuralCleanse(Detector):
                     },
                 }
             )
+            if outsider is not None and rate is not None:
+                others = test_labels != label
+                natural = outsider.natural(test_pixels[others], stamped[others], label)
+                rows[-1] |= {name: round(value, 4) for name, value in natural.items()}
             if weakened is not None:
                 rows[-1]["half_opacity"] = needed_opacity(classifier, result.trigger, weakened, 0.5)
         return Evidence(

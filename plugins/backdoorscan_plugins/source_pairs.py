@@ -55,7 +55,7 @@ class SourcePairs(Detector):
         help="Images of the source, and as many others, per pair and step, for each round.",
         minimum=1,
     )
-    stay: tuple[int, ...] = option((20, 6), help="Pairs that stay after each round.", minimum=2)
+    stay: tuple[int, ...] = option((14, 6), help="Pairs that stay after each round.", minimum=2)
 
     def units(self, classifier: Classifier, context: Context) -> Sequence[Unit]:
         """All pairs, in pieces; none where there are too many."""
