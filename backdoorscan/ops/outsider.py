@@ -20,6 +20,9 @@ from torch.nn import functional
 _FEWEST, _MOST = 100, 1000
 """Images to learn from: fewer say too little, more take long and say nothing new."""
 
+_CLASSES = 16
+"""Of more classes each has a smaller share of the images and of the scores' spread: the figure means something else."""
+
 _JUDGED = 200
 """Images on which a trigger is judged."""
 
@@ -37,7 +40,7 @@ class Outsider:
         known: Shape (M, D): the images it knows, as it sees them.
         weights: Shape (M, K).
         width: Squared distance over which its kernel falls to 1/e.
-        classes: The classes it knows; none, if there were too few images to learn from.
+        classes: The classes it knows; none, if there were too few images to learn from, or too many classes.
     """
 
     known: Tensor
@@ -76,7 +79,8 @@ def learn(images: Tensor, labels: Tensor, classes: int) -> Outsider:
     width = float(torch.cdist(known, known).square().median().clamp_min(1e-6))
     gram = _kernel(known, known, width) + _RIDGE * torch.eye(len(known))
     weights: Tensor = torch.linalg.solve(gram, functional.one_hot(labels, classes).to(known.dtype))
-    return Outsider(known, weights, width, frozenset(labels.tolist() if len(labels) >= _FEWEST else ()))
+    knows = len(labels) >= _FEWEST and classes <= _CLASSES
+    return Outsider(known, weights, width, frozenset(labels.tolist() if knows else ()))
 
 
 def _looked_at(images: Tensor) -> Tensor:

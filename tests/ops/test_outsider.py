@@ -75,6 +75,12 @@ def test_too_few_images_teach_nothing(labels, count, answers):
     assert bool(outsider.natural(some, some, 0)) is answers
 
 
+@pytest.mark.parametrize(("classes", "answers"), [(16, True), (17, False)])
+def test_of_many_classes_it_says_nothing(labels, classes, answers):
+    some = images_of(labels)
+    assert bool(learn(some, labels, classes).natural(some, some, 0)) is answers
+
+
 def test_large_images_and_many_are_looked_at_in_part():
     labels = torch.arange(1200) % CLASSES
     outsider = learn(images_of(labels, side=48), labels, CLASSES)
